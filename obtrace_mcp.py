@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["mcp>=2.3,<3", "certifi"]
 # ///
-"""MCP server that gives AI agents safe access to Obtrace: logs, traces, metrics, incidents and more.
+"""MCP server that gives AI agents safe access to Obtrace observability data.
 
 Copy this file anywhere, or install `mcp-obtrace`, and let an MCP client start it:
 
@@ -14,16 +14,16 @@ Copy this file anywhere, or install `mcp-obtrace`, and let an MCP client start i
 environment variables:
   OBTRACE_URL                      base URL of the Obtrace API (required)
   OBTRACE_API_KEY                  API key (required, or the next)
-  OBTRACE_API_KEY_FILE             file that holds the key, read again for each request
+  OBTRACE_API_KEY_FILE             file with the key, read for each request
   OBTRACE_TENANT_ID                tenant that every request is scoped to
-  OBTRACE_PROJECT_ID               project that requests are scoped to unless a call names another
+  OBTRACE_PROJECT_ID               project, unless a call names another
   OBTRACE_TLS_CA_CERT              PEM file of the only CAs to trust
   OBTRACE_TLS_CLIENT_CERT          PEM file of the client certificate (mTLS)
   OBTRACE_TLS_CLIENT_KEY           PEM file of its private key
   OBTRACE_TLS_CLIENT_KEY_PASSWORD  password of that key
-  OBTRACE_TLS_INSECURE             true: do not verify certificates, allow http:// (default false)
-  OBTRACE_TIMEOUT                  seconds for a whole call, up to 3600 (default 30)
-  HTTPS_PROXY, NO_PROXY            proxy, and the hosts to reach without it
+  OBTRACE_TLS_INSECURE             true: verify nothing, allow http://
+  OBTRACE_TIMEOUT                  seconds for a whole call (default 30)
+  HTTPS_PROXY, NO_PROXY            proxy, and hosts to reach without it
 """
 
 from __future__ import annotations
@@ -484,9 +484,7 @@ TOOLS: dict[str, list[Tool]] = {
         read("list_alert_history", "GET /api/v1/alerts/history",
              "List when alerts fired and resolved.",
              rule_id=ref(), status=one_of("firing", "resolved"), **WINDOW, limit=limit(100), **PROJECT),
-        read("list_contact_points", "GET /api/v1/alerts/contacts",
-             "List where alerts are sent.",
-             **PROJECT),
+        read("list_contact_points", "GET /api/v1/alerts/contacts", "List where alerts are sent.", **PROJECT),
         write("create_alert_rule", "POST /api/v1/alerts/rules",
              "Create an alert rule.",
              name=need(), query=need("the alert condition"), severity=one_of(*LEVELS, required=True),
@@ -514,21 +512,13 @@ TOOLS: dict[str, list[Tool]] = {
              incident_id=ref(), error_log=opt(), service=opt(), language=one_of(*LANGUAGES), **PROJECT),
     ],
     "projects": [
-        read("list_projects", "GET /api/v1/projects",
-             "List the projects that the API key sees.",
-             limit=limit(50)),
-        read("get_project", "GET /api/v1/projects/{project_id}",
-             "Get one project.",
-             **PROJECT),
+        read("list_projects", "GET /api/v1/projects", "List the projects that the API key sees.", limit=limit(50)),
+        read("get_project", "GET /api/v1/projects/{project_id}", "Get one project.", **PROJECT),
         read("list_apps", "GET /api/v1/projects/{project_id}/apps",
              "List a project's connected apps.",
              **PROJECT, limit=limit(50)),
-        read("list_teams", "GET /api/v1/teams",
-             "List teams.",
-             limit=limit(50)),
-        read("list_users", "GET /api/v1/users",
-             "List users.",
-             limit=limit(50)),
+        read("list_teams", "GET /api/v1/teams", "List teams.", limit=limit(50)),
+        read("list_users", "GET /api/v1/users", "List users.", limit=limit(50)),
     ],
     "replay": [
         read("list_replay_sessions", "GET /api/v1/replay/sessions",
@@ -2016,76 +2006,35 @@ class Demo:
 
     def telemetry(self, minute: int) -> Iterator[tuple[Any, ...]]:
         """The rows of one minute, each led by its table."""
-        at, trace, order, failing = (
-            self.ago(minute),
-            f"{minute:032x}",
-            f"order-{1000 + minute}",
-            minute <= DEMO_DEPLOYED,
-        )
+        at, trace, order = self.ago(minute), f"{minute:032x}", f"order-{1000 + minute}"
+        failing = minute <= DEMO_DEPLOYED
         version = "2.4.1" if failing else "2.4.0"
+        place = {"deployment.environment.name": "production", "cloud.region": "eu-west-1"}
         checkout, payments, cart = (
-            json.dumps(
-                {
-                    "service.name": name,
-                    "service.version": version if name == "checkout" else "1.9.3",
-                    "deployment.environment.name": "production",
-                    "cloud.region": "eu-west-1",
-                    "host.name": f"{name}-7d9f",
-                }
-            )
-            for name in ("checkout", "payments", "cart")
+            json.dumps({"service.name": name, "service.version": number, "host.name": f"{name}-7d9f"} | place)
+            for name, number in (("checkout", version), ("payments", "1.9.3"), ("cart", "1.2.0"))
         )
         attributes, labels = json.dumps({"order.id": order}), json.dumps({"region": "eu-west-1", "version": version})
         duration, status = (5003 * 10**6, "ERROR") if failing else ((180 + minute % 40) * 10**6, "OK")
+        logs = [("INFO", "checkout", f"{order} paid", checkout)]
         if failing:
-            yield (
-                "otel_logs",
-                at,
-                trace,
-                "ERROR",
-                "checkout",
-                f"payment timeout after 5000 ms for {order}",
-                attributes,
-                checkout,
-            )
-            yield (
-                "otel_logs",
-                at,
-                trace,
-                "WARN",
-                "payments",
-                "no free connection from checkout, 10 of 10 in use",
-                attributes,
-                payments,
-            )
-        else:
-            yield "otel_logs", at, trace, "INFO", "checkout", f"{order} paid", attributes, checkout
+            logs = [
+                ("ERROR", "checkout", f"payment timeout after 5000 ms for {order}", checkout),
+                ("WARN", "payments", "no free connection from checkout, 10 of 10 in use", payments),
+            ]
         if minute == DEMO_DEPLOYED:
-            yield (
-                "otel_logs",
-                at,
-                "",
-                "INFO",
-                "checkout",
-                "deployed v2.4.1: payments.pool_size 50 -> 10",
-                "{}",
-                checkout,
-            )
+            logs.append(("INFO", "checkout", "deployed v2.4.1: payments.pool_size 50 -> 10", checkout))
         if minute % 5 == 0:
-            yield "otel_logs", at, "", "DEBUG", "cart", f"{minute % 7} carts expired", "{}", cart
-        yield "otel_traces", at, trace, f"{minute:015x}1", "", "POST /checkout", "checkout", duration, status, checkout
-        yield (
-            "otel_traces",
-            at,
-            trace,
-            f"{minute:015x}2",
-            f"{minute:015x}1",
-            "POST /charge",
-            "payments",
-            duration - 3 * 10**6,
-            status,
-            payments,
-        )
+            logs.append(("DEBUG", "cart", f"{minute % 7} carts expired", cart))
+        for level, service, body, resource in logs:
+            yield "otel_logs", at, trace, level, service, body, attributes, resource
+        spans = [
+            ("1", "", "POST /checkout", "checkout", duration, checkout),
+            ("2", "1", "POST /charge", "payments", duration - 3 * 10**6, payments),
+        ]
+        for span, parent, name, service, nanoseconds, resource in spans:
+            ids = (trace[-15:] + span, trace[-15:] + parent if parent else "")
+            yield "otel_traces", at, trace, *ids, name, service, nanoseconds, status, resource
         yield "otel_metrics", at, "http.server.duration", "checkout", duration / 10**6, labels
         yield "otel_metrics", at, "payments.pool.in_use", "checkout", 10 if failing else 4 + minute % 3, labels
 
@@ -2231,57 +2180,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     summary, _, rest = (__doc__ or "").partition("\n")
-    parser = Parser(
-        prog="mcp-obtrace",
-        description=summary,
-        epilog=rest[rest.find("environment variables:") :],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"mcp-obtrace {__version__}")
-    parser.add_argument(
-        "--enabled-tools",
-        metavar="LIST",
-        help=f"serve only these categories or tools, comma-separated; categories: {', '.join(TOOLS)}",
-    )
+    epilog = rest[rest.find("environment variables:") :]
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = Parser("mcp-obtrace", description=summary, epilog=epilog, formatter_class=layout, allow_abbrev=False)
+    # fmt: off
+    add = parser.add_argument
+    add("--version", action="version", version=f"mcp-obtrace {__version__}")
+    add("--enabled-tools", metavar="LIST", help=f"serve only these categories or tools, comma-separated; categories: {', '.join(TOOLS)}")
+    add("--enable-write", action="store_true", help="also serve the tools that create, change or delete")
+    add("--transport", choices=("stdio", "sse", "streamable-http"), default="stdio", help="how clients connect; so far stdio only")
+    add("--addr", metavar="HOST:PORT", default="127.0.0.1:8000", help="address for the HTTP transports (default %(default)s)")
+    add("--demo", action="store_true", help="use a built-in sample service; needs no variable set")
+    add("--list-tools", action="store_true", help="print the tools that would be served, and exit")
+    add("--call", nargs="+", metavar=("TOOL", "NAME=VALUE"), help="make one call, print its result, and exit with 0, or 1 when it failed")
+    # fmt: on
+    group = parser.add_argument_group("leave out a category, whatever --enabled-tools says")
     for category in TOOLS:
-        parser.add_argument(
-            f"--disable-{category}",
-            action="append_const",
-            const=category,
-            dest="disabled",
-            default=[],
-            help=argparse.SUPPRESS,
-        )
-    parser.add_argument(
-        "--disable-CATEGORY",
-        action="store_true",
-        dest="_",
-        help="do not serve this category, for example --disable-ai; wins over --enabled-tools",
-    )
-    parser.add_argument(
-        "--enable-write", action="store_true", help="also serve the tools that create, change or delete"
-    )
-    parser.add_argument(
-        "--transport",
-        choices=("stdio", "sse", "streamable-http"),
-        default="stdio",
-        help="how clients connect; so far stdio only",
-    )
-    parser.add_argument(
-        "--addr",
-        metavar="HOST:PORT",
-        default="127.0.0.1:8000",
-        help="address for the HTTP transports (default %(default)s)",
-    )
-    parser.add_argument("--demo", action="store_true", help="use a built-in sample service; needs no variable set")
-    parser.add_argument("--list-tools", action="store_true", help="print the tools that would be served, and exit")
-    parser.add_argument(
-        "--call",
-        nargs="+",
-        metavar=("TOOL", "NAME=VALUE"),
-        help="make one call, print its result, and exit with 0, or 1 when it failed",
-    )
+        group.add_argument(f"--disable-{category}", action="append_const", const=category, dest="disabled", default=[])
     return parser
 
 

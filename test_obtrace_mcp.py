@@ -308,6 +308,19 @@ def test_readme_names_every_variable_flag_and_tool() -> None:
         assert f"`{variable}`" in readme, variable
     for flag in re.findall(r'"(--[a-z][a-zA-Z-]+)"', source):
         assert f"`{flag}" in readme, flag
+    for category in (
+        "logs",
+        "traces",
+        "metrics",
+        "dashboards",
+        "incidents",
+        "alerts",
+        "ai",
+        "projects",
+        "replay",
+        "search",
+    ):
+        assert f"`{category}`" in readme, category
     for tool in GOLDEN_NAMES:
         assert f"`{tool}`" in readme, tool
 
@@ -761,7 +774,8 @@ def test_the_key_file_is_read_again_for_each_request(service: Service, tmp_path:
     with serving(OBTRACE_URL=service.environ["OBTRACE_URL"], OBTRACE_API_KEY_FILE=str(file)) as process:
         process.call("list_teams")
         file.write_text("second-key\n")
-        process.call("list_teams")
+        service.replies = [reply('["first-key","second-key"]')]
+        assert json.loads(process.call("list_teams")[0]) == ["[API key removed]"] * 2
         file.write_text("\n")
         text, failed = process.call("list_teams")
     assert [request.headers["Authorization"] for request in service.requests] == [
@@ -1412,6 +1426,16 @@ def test_tls_trusts_the_named_ca_alone(ca: trustme.CA, tmp_path: Path) -> None:
         assert len(service.requests) == 3
 
 
+def test_without_a_ca_file_the_system_s_store_and_certifi_s_both_count(
+    ca: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", pem(tmp_path, "system.pem", ca.cert_pem))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    trusted = program.tls_context(program.Config("https://x", KEY)).get_ca_certs()
+    assert len([cert for cert in trusted if "trustme" in str(cert["subject"])]) == 1
+    assert len(trusted) > 100
+
+
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 def test_tls_failures_are_told_apart(ca: trustme.CA, tmp_path: Path) -> None:
     right = pem(tmp_path, "ca.pem", ca.cert_pem)
@@ -1794,7 +1818,16 @@ def test_what_answers_without_a_client_does_not_load_the_sdk(arguments: list[str
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"mcp-obtrace {program.__version__}\n"
     shown = run("--help").stdout
-    for flag in ("--enabled-tools", "--enable-write", "--transport", "--addr", "--demo", "--call", "--list-tools"):
+    for flag in (
+        "--disable-ai",
+        "--enabled-tools",
+        "--enable-write",
+        "--transport",
+        "--addr",
+        "--demo",
+        "--call",
+        "--list-tools",
+    ):
         assert flag in shown
     assert "OBTRACE_TLS_CLIENT_KEY_PASSWORD" in shown
 
