@@ -30,24 +30,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
-import html
+import gc
 import http.client
-import http.server
 import io
 import ipaddress
 import json
 import os
 import re
-import secrets
-import shutil
 import signal
 import socket
-import sqlite3
 import ssl
 import sys
-import textwrap
 import threading
 import time
 import urllib.error
@@ -792,6 +786,8 @@ def _quote(value: Any, most: int = 100) -> str:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(name[:100].lower(), list(names), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
@@ -1435,7 +1431,7 @@ class Client:
         except BaseException:
             connection.close()
             raise
-        if request.method == "GET" and response.isclosed() and response.status != 204:  # a 204 may drag a body behind
+        if request.method == "GET" and response.isclosed():
             self._transport.keep(connection)
         else:
             connection.close()
@@ -1597,6 +1593,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _service_message(answer: Answer, scrub: Callable[[str], str]) -> str:
     """What the service says of itself, quoted and cut; empty when it says nothing."""
+    import html
+
     body = answer.body.decode("utf-8", "replace").strip()
     if body[:1] == "<" or "html" in answer.headers.get("Content-Type", ""):
         title = re.search(r"<title[^>]*>(.*?)</title>", body[:8_000], re.IGNORECASE | re.DOTALL)
@@ -1690,8 +1688,7 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
         ) from None
 
     listing = types.ListToolsResult.model_validate({"tools": [tool.listing() for tool in toolbox.tools.values()]})
-    turns = anyio.CapacityLimiter(CALLS_AT_ONCE)
-    threads = anyio.CapacityLimiter(float("inf"))  # not the default one, which carries stdin and stdout too
+    turns = anyio.CapacityLimiter(CALLS_AT_ONCE)  # fewer than anyio's 40 threads, two of which carry stdin and stdout
 
     async def list_tools(context: Any, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
         return listing
@@ -1706,7 +1703,7 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
             try:
                 with anyio.fail_after(toolbox.client.config.timeout):
                     text, failed = await anyio.to_thread.run_sync(
-                        toolbox.run, params.name, params.arguments or {}, call, abandon_on_cancel=True, limiter=threads
+                        toolbox.run, params.name, params.arguments or {}, call, abandon_on_cancel=True
                     )
             except TimeoutError:
                 text, failed = toolbox.timed_out(params.name)
@@ -1959,6 +1956,8 @@ class Demo:
     """The sample service's data and its answers."""
 
     def __init__(self, now: int) -> None:
+        import sqlite3
+
         self.now = now
         self.lock = threading.Lock()
         self.window = ("", "~")
@@ -2061,6 +2060,8 @@ class Demo:
 
     def from_telemetry(self, tool: Tool, given: Given) -> tuple[int, Any]:
         """Run the tool's SQL, or the model's own, for real."""
+        import sqlite3
+
         steps = iter(range(DEMO_STEPS // 10_000))
         self.db.set_progress_handler(lambda: next(steps, None) is None, 10_000)
         try:
@@ -2118,6 +2119,9 @@ class Demo:
 
 def start_demo() -> Config:
     """Start the sample service on a free loopback port, with a key of its own; returns the way to it."""
+    import http.server
+    import secrets
+
     demo, api_key = Demo(time.time_ns()), "obt_demo_" + secrets.token_hex(16)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -2217,7 +2221,10 @@ def run(options: argparse.Namespace) -> int:
     toolbox = Toolbox(Client(config, options.enable_write), tools)
     if options.call:
         return call_once(toolbox, *options.call)
+    gc.disable()  # what the SDK's imports make stays; to look through it again and again is 5 to 10 per cent of the start
     server = build_server(toolbox)
+    gc.freeze()
+    gc.enable()
     if sys.stdin.isatty():
         print(
             f"mcp-obtrace {__version__} serves {len(tools)} tools of {config.url} and waits for an MCP client on standard input; Ctrl-C ends it",
@@ -2255,6 +2262,9 @@ def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
 
 def tool_table(tools: Mapping[str, Tool]) -> str:
     """The tools by category, each with its first sentence, those that write marked."""
+    import shutil
+    import textwrap
+
     width = max(shutil.get_terminal_size((80, 24)).columns, 60)
     lines = []
     for category, rows in TOOLS.items():
