@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["mcp>=2.3,<3", "certifi", "pytest", "trustme"]
+# dependencies = ["mcp>=2.3,<3", "certifi", "pytest", "trustme", "hypothesis"]
 # ///
 """Tests of obtrace_mcp.py with real parts: its process over real pipes, HTTP and TLS on loopback, the SDK's client.
 
-Run them with pytest, or run this file.
+Run them with pytest, or run this file; with --bench it prints the benchmark instead.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from __future__ import annotations
 import base64
 import datetime
 import gzip
+import http.client
 import http.server
 import json
 import os
+import queue
 import re
 import shlex
 import signal
 import socket
 import ssl
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -32,6 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import trustme
 from mcp import ClientSession, StdioServerParameters
@@ -72,6 +78,7 @@ class Service:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def setup(self) -> None:
                 super().setup()
@@ -188,7 +195,7 @@ class Process:
 
     def __init__(self, *arguments: str, handshake: Any = True, **environ: Any) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "obtrace_mcp.py"), *arguments],
+            self.command(arguments),
             env=clean_environ(**environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.last_id = 0
@@ -197,6 +204,9 @@ class Process:
             client = {"name": "test", "version": "1"}
             self.ask("initialize", protocolVersion="2025-11-25", capabilities={}, clientInfo=client)
             self.tell("notifications/initialized")
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, str(HERE / "obtrace_mcp.py"), *arguments]
 
     def line(self, line: bytes) -> None:
         assert self.process.stdin
@@ -232,9 +242,17 @@ class Process:
 
     def call(self, tool: str, **arguments: Any) -> tuple[str, bool]:
         """Text and isError of a call."""
+        text, _, failed = self.call_with_note(tool, **arguments)
+        return text, failed
+
+    def call_with_note(self, tool: str, **arguments: Any) -> tuple[str, str, bool]:
+        """Text, what is said about it, and isError of a call."""
         result = self.answer(self.start(tool, **arguments))["result"]
-        (block,) = result["content"]
-        return block["text"], result["isError"]
+        assert "structuredContent" not in result
+        text, *notes = (block["text"] for block in result["content"])
+        assert len(notes) <= 1
+        assert len("".join(notes)) < 1000
+        return text, "".join(notes), result["isError"]
 
     def end(self) -> tuple[int, str]:
         """Close its input, and wait; exit status and standard error."""
@@ -280,8 +298,8 @@ def test_all_copies_of_the_metadata_agree() -> None:
     runtime = '"mcp>=2.3,<3", "certifi"'
     assert f"dependencies = [{runtime}]" in project
     assert f"# dependencies = [{runtime}]" in metadata("obtrace_mcp.py")
-    assert f'# dependencies = [{runtime}, "pytest", "trustme"]' in metadata("test_obtrace_mcp.py")
-    assert 'test = ["pytest", "trustme"]' in project
+    assert f'# dependencies = [{runtime}, "pytest", "trustme", "hypothesis"]' in metadata("test_obtrace_mcp.py")
+    assert 'test = ["pytest", "trustme", "hypothesis"]' in project
     for text in (project, metadata("obtrace_mcp.py"), metadata("test_obtrace_mcp.py")):
         assert 'requires-python = ">=3.10"' in text
 
@@ -297,7 +315,9 @@ def test_the_readme_s_first_command_works() -> None:
     arguments = shlex.split(command)
     assert arguments[:2] == ["python3", "obtrace_mcp.py"]
     ended = run(*arguments[2:])
-    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.returncode == 0
+    assert ended.stderr.startswith("Searched ")  # and nothing but that
+    assert ended.stderr.count("\n") == 1
     assert "payment timeout" in ended.stdout
 
 
@@ -432,6 +452,7 @@ def test_golden_request(
     assert request.headers["Authorization"] == f"Bearer {KEY}"
     assert request.headers["User-Agent"] == f"obtrace-mcp/{program.__version__}"
     assert request.headers["Accept"] == "application/json"
+    assert request.headers["Accept-Encoding"] == "gzip"
     assert request.headers["X-Obtrace-Tenant-ID"] == "tenant-1"
     assert request.headers["X-Obtrace-Project-ID"] == "env-project"
 
@@ -604,7 +625,7 @@ def test_the_sdk_s_client_calls_every_tool_of_the_sample() -> None:
     async def all_calls(session: ClientSession) -> None:
         for name, (arguments, expected) in sample.items():
             result = await session.call_tool(name, arguments)
-            (block,) = result.content
+            block, *_ = result.content
             assert block.type == "text"
             assert not result.is_error, f"{name}: {block}"
             assert expected in block.text, f"{name}: {block}"
@@ -632,7 +653,7 @@ def test_the_sample_s_window_filters_telemetry_and_the_story_stays_in_order() ->
     with serving("--demo") as process:
         after, _ = process.call("search_logs", text="timeout", time_from="now-41m", limit=500)
         before, _ = process.call("search_logs", text="timeout", time_from="now-2h", time_to="now-45m", limit=500)
-        assert len(json.loads(after)["rows"]) in (40, 41)
+        assert len(rebuild(json.loads(after))["rows"]) in (40, 41)
         assert json.loads(before)["rows"] == []
 
 
@@ -705,6 +726,9 @@ FINE = {"OBTRACE_URL": "https://obtrace.test", "OBTRACE_API_KEY": KEY}
         ({"OBTRACE_TIMEOUT": "3601"}, "OBTRACE_TIMEOUT"),
         ({"OBTRACE_TIMEOUT": "nan"}, "OBTRACE_TIMEOUT"),
         ({"OBTRACE_TIMEOUT": "soon"}, "OBTRACE_TIMEOUT"),
+        ({"OBTRACE_MAX_RESULT_CHARS": "999"}, 'OBTRACE_MAX_RESULT_CHARS is "999"; use a whole number from 1000'),
+        ({"OBTRACE_MAX_RESULT_CHARS": "1e6"}, "OBTRACE_MAX_RESULT_CHARS"),
+        ({"OBTRACE_MAX_RESULT_CHARS": "99999999"}, "OBTRACE_MAX_RESULT_CHARS"),
     ],
     ids=lambda value: (
         " ".join(f"{name[8:]}={text!r}" for name, text in value.items()) if isinstance(value, dict) else ""
@@ -1374,6 +1398,172 @@ def test_gets_share_a_connection_and_a_stale_one_costs_a_silent_reconnect(servic
     assert len(service.requests) == 5
 
 
+# ---------------------------------------------------------------- from an answer to text
+
+
+def rebuild(value: Any) -> Any:
+    """The service's data from what the model reads."""
+    if isinstance(value, list):
+        return [rebuild(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "same_in_every_row" not in value:
+        return {name: rebuild(item) for name, item in value.items()}
+    shared, rows = value["same_in_every_row"], value["rows"]
+    if shared is None:
+        return {name: rebuild(item) for name, item in rows.items()}
+    return [rebuild(merged(shared, row)) for row in rows]
+
+
+def merged(shared: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    both = {**shared, **row}
+    for name in shared.keys() & row.keys():
+        both[name] = merged(shared[name], row[name])
+    return both
+
+
+def exact(value: Any) -> str:
+    """Text that differs where 1, 1.0, true or -0.0 differ, but not with the order of keys."""
+    return json.dumps(value, sort_keys=True)
+
+
+NAMES = st.sampled_from(["a", "b", "é", "rows", "same_in_every_row"])
+SCALARS = st.one_of(
+    st.sampled_from(
+        [None, True, False, 0, 1, 1.0, 0.0, -0.0, 2**53 + 1, 10**30, "", "1", "é", "\u202e", "\ud800", "😀"]
+    ),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=5),
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(NAMES, inner, max_size=4),
+        # rows that share most of what they have
+        st.tuples(st.dictionaries(NAMES, inner), st.lists(st.dictionaries(NAMES, inner, max_size=1), max_size=4)).map(
+            lambda both: [both[0] | {"attributes": both[0] | row} for row in both[1]]
+        ),
+    ),
+    max_leaves=30,
+)
+
+
+@hypothesis.given(JSON)
+@hypothesis.settings(max_examples=500, deadline=None)
+def test_compaction_is_lossless(value: Any) -> None:
+    read = json.loads(program.render(value))
+    assert exact(rebuild(read)) == exact(json.loads(json.dumps(value)))
+
+
+@hypothesis.given(JSON, st.integers(100, 400))
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_a_budget_holds_for_any_json_and_what_fits_is_whole(value: Any, budget: int) -> None:
+    text, cuts = program.shape(value, budget)
+    assert len(text) <= budget
+    assert cuts or exact(rebuild(json.loads(text))) == exact(value)
+
+
+def test_what_all_rows_share_stands_once_beside_them() -> None:
+    place = {"cloud.region": "eu-west-1", "service.name": "checkout", "k8s.cluster.name": "production"}
+    rows = [{"Body": "a", "Resource": {**place, "pod": "1"}}, {"Body": "b", "Resource": {**place, "pod": "2"}}]
+    shared = {"Resource": place}
+    expected = {
+        "same_in_every_row": shared,
+        "rows": [{"Body": "a", "Resource": {"pod": "1"}}, {"Body": "b", "Resource": {"pod": "2"}}],
+    }
+    assert json.loads(program.render({"logs": rows})) == {"logs": expected}
+    assert "same_in_every_row" not in program.render([{"a": 1}, {"a": 1}])  # would be longer
+
+
+def test_a_result_over_the_budget_is_the_largest_prefix_of_rows(service: Service) -> None:
+    rows = [{"n": n, "body": f"message {n} " + "x" * (n % 90), "host": "checkout-7d9f"} for n in range(1000)]
+    service.replies = [reply(json.dumps({"logs": rows, "total": 1000}))]
+    with serving(**service.environ) as process:
+        text, note, failed = process.call_with_note("search_logs", text="x")
+    kept = rebuild(json.loads(text))
+    assert not failed
+    assert len(text) <= 50_000
+    count = len(kept["logs"])
+    assert kept == {"logs": rows[:count], "total": 1000}
+    assert len(program.render({"logs": rows[: count + 1], "total": 1000})) > 50_000 - 200
+    assert note.startswith(
+        f"Showing {count} of 1,000 in logs; narrow the time range, add a filter or lower limit. Searched 20"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("x" * 100_000, "100,000 characters"),
+        ({"trace": {"stack": "\u202e" * 100_000}, "id": 7}, "Stack is cut, it has 100,000 characters"),
+        ([{"body": "x" * 100_000}, {"body": "y"}], "Showing 1 of 2"),
+        ({f"key-{n}": n for n in range(10_000)}, "of the 10,000 keys"),
+        ([[n] * 10 for n in range(10_000)], "of 10,000"),
+        ({"a": ["x" * 99] * 900, "b": ["y" * 99] * 900}, "of 900 in a; "),
+    ],
+    ids=["text", "inside", "row", "keys", "lists", "two"],
+)
+def test_what_is_too_large_alone_is_cut_inside(service: Service, data: Any, said: str) -> None:
+    service.replies = [reply(json.dumps(data))]
+    with serving(**service.environ, OBTRACE_MAX_RESULT_CHARS="2000") as process:
+        text, note, failed = process.call_with_note("list_teams")
+    json.loads(text)
+    assert not failed
+    assert 1000 < len(text) <= 2000
+    assert said in note
+
+
+def test_an_empty_result_says_what_was_searched_and_what_to_try(service: Service) -> None:
+    service.replies = [reply('{"logs":[],"total":0}')]
+    with serving(**service.environ) as process:
+        text, note, _ = process.call_with_note(
+            "search_logs", text="x", service="s", time_from="2026-01-01", time_to="2026-01-02T00:00:00+01:00"
+        )
+        assert json.loads(text) == {"logs": [], "total": 0}
+        assert note == (
+            "Nothing was found. Searched 2026-01-01T00:00:00Z to 2026-01-01T23:00:00Z (UTC). Try a longer time range, "
+            "e.g. time_from=now-24h, or the call without service, or list_log_services for what there is."
+        )
+        assert process.call_with_note("list_teams")[1] == "Nothing was found. Try list_projects for what there is."
+        service.replies = [reply('{"logs":[1]}')]
+        exactly = {"time_from": "2026-01-01T00:00:00Z", "time_to": "2026-01-02T00:00:00Z"}
+        assert process.call_with_note("search_logs", text="x", **exactly)[1] == ""
+        assert process.call_with_note("search_logs", text="x")[1].startswith("Searched ")
+
+
+def test_json_that_is_nested_beyond_reason_is_told(service: Service) -> None:
+    service.replies = [reply("[" * 700 + "]" * 700)]
+    ended = call(service, "list_teams")
+    assert ended.returncode in (0, 1)
+    assert "report" not in ended.stderr
+
+
+def test_progress_is_reported_when_the_client_asked_for_it(service: Service) -> None:
+    release = threading.Event()
+    service.replies = [lambda handler: (release.wait(PATIENCE), reply("{}")(handler))[1]]
+
+    async def one_call(session: ClientSession) -> list[float]:
+        seen: list[float] = []
+
+        async def note(progress: float, total: float | None, message: str | None) -> None:
+            seen.append(progress)
+            assert "waiting" in (message or "")
+            release.set()
+
+        await session.call_tool("summarize", {}, progress_callback=note)
+        return seen
+
+    assert anyio.run(lambda: with_sdk_client([], one_call, **service.environ)) == [3.0]
+
+
+def test_the_list_of_tools_stays_small() -> None:
+    # 4.2 characters a token (o200k): the bound is 5,000 tokens
+    with serving("--demo") as process:
+        listing = json.dumps(process.ask("tools/list")["result"], separators=(",", ":"))
+    assert len(listing) < 20_000
+
+
 # ---------------------------------------------------------------- TLS and proxies
 
 
@@ -1873,5 +2063,308 @@ def test_without_the_sdk_the_sentence_names_it(tmp_path: Path) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+# ---------------------------------------------------------------- benchmark
+
+# The least that the SDK can do: what the program adds is measured against it, in the same run.
+BARE = """
+import anyio, mcp_types as types
+from mcp.server.lowlevel import Server
+from mcp.server.stdio import stdio_server
+
+async def list_tools(context, params):
+    return types.ListToolsResult(tools=[])
+
+async def call_tool(context, params):
+    return types.CallToolResult(content=[types.TextContent(type="text", text="{}")])
+
+async def main():
+    server = Server("bare", on_list_tools=list_tools, on_call_tool=call_tool)
+    async with stdio_server() as (incoming, outgoing):
+        await server.run(incoming, outgoing, server.create_initialization_options())
+
+anyio.run(main)
+"""
+INSTALLED = f"import sys; sys.path.insert(0, {str(HERE)!r}); import obtrace_mcp; sys.exit(obtrace_mcp.main([]))"
+
+
+class Program(Process):
+    """A Python program on the command line as a server; the installed command runs `obtrace_mcp.main` like this."""
+
+    def __init__(self, code: str, **environ: str) -> None:
+        self.code = code
+        super().__init__(**environ)
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, "-c", self.code]
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def bench_start(service: Service) -> tuple[float, float]:
+    """Seconds to the answer of `initialize`: the program's and the bare server's, in turn."""
+    pairs: list[tuple[float, float]] = []
+    for _ in range(16):
+        times = []
+        for code in (INSTALLED, BARE):
+            begun = time.perf_counter()
+            with closing(Program(code, **service.environ)):
+                times.append(time.perf_counter() - begun)
+        pairs.append((times[0], times[1]))
+    return middle(pairs[1:])  # the first fills caches
+
+
+def middle(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The pair with the median ratio."""
+    return sorted(pairs, key=lambda pair: pair[0] / pair[1])[len(pairs) // 2]
+
+
+def bench_call(service: Service) -> tuple[float, float]:
+    """Seconds of a call: the program's, and the bare server's plus a raw keep-alive GET, in turn."""
+    raw_get = http.client.HTTPConnection("127.0.0.1", service.port)
+
+    def get() -> None:
+        raw_get.request("GET", "/api/v1/teams?limit=50", headers={"Authorization": f"Bearer {KEY}"})
+        raw_get.getresponse().read()
+
+    with closing(Program(INSTALLED, **service.environ)) as ours, closing(Program(BARE)) as bare:
+        rounds = [
+            (seconds(lambda: ours.call("list_teams")), seconds(lambda: bare.call("x")) + seconds(get))
+            for _ in range(400)
+        ]
+    return statistics.median(one for one, _ in rounds[100:]), statistics.median(other for _, other in rounds[100:])
+
+
+@contextmanager
+def delayed(target: int, delay: float) -> Iterator[int]:
+    """A TCP relay on loopback whose bytes arrive `delay` seconds later; its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def relay(source: socket.socket, sink: socket.socket) -> None:
+        parcels: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+
+        def arrive() -> None:
+            with suppress(OSError):
+                while (parcel := parcels.get())[1]:
+                    time.sleep(max(0.0, parcel[0] - time.perf_counter()))
+                    sink.sendall(parcel[1])
+                sink.shutdown(socket.SHUT_WR)
+
+        threading.Thread(target=arrive, daemon=True).start()
+        data = b"x"
+        while data:
+            with suppress(OSError):
+                data = source.recv(65536)
+            parcels.put((time.perf_counter() + delay, data))
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                upstream = socket.create_connection(("127.0.0.1", target))
+                for sock in (client, upstream):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for ends in ((client, upstream), (upstream, client)):
+                    threading.Thread(target=relay, args=ends, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    yield listener.getsockname()[1]
+    listener.close()
+
+
+def bench_link(directory: Path) -> tuple[float, float, float]:
+    """Seconds over a TLS link with 50 ms of added round trip: the first call, a warm one, and one bare round trip."""
+    ca = trustme.CA()
+    with closing(Service(tls_server(ca.issue_cert("localhost")))) as service, delayed(service.port, 0.025) as port:
+        environ = {
+            "OBTRACE_URL": f"https://localhost:{port}",
+            "OBTRACE_API_KEY": KEY,
+            "OBTRACE_TLS_CA_CERT": pem(directory, "ca.pem", ca.cert_pem),
+        }
+        context = ssl.create_default_context(cafile=environ["OBTRACE_TLS_CA_CERT"])
+        bare = http.client.HTTPSConnection("localhost", port, context=context)
+
+        def get() -> None:
+            bare.request("GET", "/api/v1/teams?limit=50", headers={"Authorization": f"Bearer {KEY}"})
+            bare.getresponse().read()
+
+        get()
+        with closing(Program(INSTALLED, **environ)) as process:
+            first = seconds(lambda: process.call("list_teams"))
+            rounds = [(seconds(lambda: process.call("list_teams")), seconds(get)) for _ in range(20)]
+    return first, *middle(rounds)
+
+
+def after(pause: float) -> Reply:
+    """An answer that takes its time."""
+
+    def send(handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(pause)
+        reply("{}")(handler)
+
+    return send
+
+
+def bench_together(calls: int, pause: float) -> float:
+    """Seconds until all of so many calls at once are answered by a service that takes `pause` seconds."""
+    with closing(Service()) as service, closing(Program(INSTALLED, **service.environ)) as process:
+        process.call("list_teams")
+        service.replies = [after(pause)]
+
+        def all_calls() -> None:
+            for number in [process.start("list_teams") for _ in range(calls)]:
+                process.answer(number)
+
+        return seconds(all_calls)
+
+
+def telemetry_rows(kind: str) -> list[dict[str, Any]]:
+    """200 rows like OpenTelemetry's collector writes them to ClickHouse: 20 resource attributes, 2 services, 6 pods."""
+    rows = []
+    for n in range(200):
+        service = ("checkout", "payments")[n % 3 == 0]
+        resource = {
+            "service.name": service, "service.namespace": "shop", "service.version": "2.4.1", "service.instance.id": f"{service}-{n % 3}",
+            "deployment.environment.name": "production", "cloud.provider": "aws", "cloud.region": "eu-west-1", "cloud.availability_zone": "eu-west-1a",
+            "cloud.account.id": "123456789012", "k8s.cluster.name": "shop-production", "k8s.namespace.name": "shop", "k8s.pod.name": f"{service}-7d9f8c-{n % 3}",
+            "k8s.node.name": f"ip-10-0-3-{n % 3}", "container.image.name": "registry.example/shop", "host.arch": "amd64", "os.type": "linux",
+            "process.runtime.name": "go", "process.runtime.version": "go1.25.1", "telemetry.sdk.language": "go", "telemetry.sdk.version": "1.38.0",
+        }  # fmt: skip
+        row: dict[str, Any] = {
+            "Timestamp": f"2026-01-02T03:{n // 60:02}:{n % 60:02}.123456789Z",
+            "ServiceName": service,
+            "ResourceAttributes": resource,
+        }
+        attributes = {"http.request.method": "POST", "http.route": "/checkout", "order.id": f"order-{n}"}
+        ids = {"TraceId": f"{n * 7919:032x}", "SpanId": f"{n * 104729:016x}"}
+        if kind == "logs":
+            row |= ids | {
+                "SeverityText": "ERROR",
+                "SeverityNumber": 17,
+                "Body": f"payment timeout after 5000 ms for order-{n}",
+                "LogAttributes": attributes,
+            }
+        elif kind == "traces":
+            row |= ids | {
+                "ParentSpanId": "",
+                "SpanName": "POST /checkout",
+                "SpanKind": "Server",
+                "Duration": 5_000_000_000 + n,
+                "StatusCode": "Error",
+                "SpanAttributes": attributes,
+            }
+        else:
+            row |= {
+                "MetricName": "http.server.request.duration",
+                "MetricUnit": "s",
+                "Value": n / 7,
+                "Attributes": attributes,
+            }
+        rows.append(row)
+    return rows
+
+
+def bench_size(kind: str) -> tuple[int, int]:
+    """Characters of 200 rows as the model reads them, and as JSON pretty-printed with two spaces."""
+    data = {kind: telemetry_rows(kind)}
+    assert rebuild(json.loads(program.render(data))) == data
+    return len(program.render(data)), len(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def bench_large(service: Service, megabytes: float) -> tuple[float, float]:
+    """Seconds of a call that is answered with so many MiB of log rows, and of a ping meanwhile."""
+    rows = json.dumps(telemetry_rows("logs"))[1:-1].encode()
+    count = int(megabytes * 2**20) // (len(rows) + 1)
+    service.replies = [reply(b"[" + b",".join([rows] * count) + b"]")]
+    with closing(Program(INSTALLED, **service.environ)) as process:
+        begun = time.perf_counter()
+        number = process.start("list_teams")
+        slowest = 0.0
+        while number not in process.answers:
+            slowest = max(slowest, seconds(lambda: process.ask("ping")))
+        return time.perf_counter() - begun, slowest
+
+
+def bench_memory(service: Service) -> float:
+    """MiB of peak memory that a 50 MiB answer takes beyond an empty one."""
+    code = "import obtrace_mcp, resource; obtrace_mcp.main(['--call', 'list_teams']); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
+    peaks = []
+    for answer in (b"{}", b"[" + b"1," * (25 * 2**20) + b"1]"):
+        service.replies = [reply(answer)]
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=HERE,
+            env=clean_environ(**service.environ),
+            capture_output=True,
+            encoding="utf-8",
+        )
+        peaks.append(int(ended.stdout.split()[-1]) / 1024)
+    return peaks[1] - peaks[0]
+
+
+def bench() -> None:
+    """Print one table; each row stands beside its own baseline, measured in the same run."""
+
+    def row(what: str, ours: str, baseline: str, ratio: str) -> None:
+        print(f"| {what} | {ours} | {baseline} | {ratio} |", flush=True)
+
+    row("what", "mcp-obtrace", "baseline", "ratio")
+    print("|---|---|---|---|")
+    with closing(Service()) as service, tempfile.TemporaryDirectory() as directory:
+        ours, bare = bench_start(service)
+        row(
+            "start to `initialize`; a bare SDK server",
+            f"{ours * 1000:.0f} ms",
+            f"{bare * 1000:.0f} ms",
+            f"{ours / bare:.2f}",
+        )
+        ours, bare = bench_call(service)
+        row(
+            "one call; a bare server's call and a raw GET",
+            f"{ours * 1000:.2f} ms",
+            f"{bare * 1000:.2f} ms",
+            f"{ours / bare:.2f}",
+        )
+        first, ours, bare = bench_link(Path(directory))
+        row(
+            "first call over TLS with 50 ms; a round trip",
+            f"{first * 1000:.0f} ms",
+            f"{bare * 1000:.1f} ms",
+            f"{first / bare:.2f}",
+        )
+        row(
+            "warm call over TLS with 50 ms; a round trip",
+            f"{ours * 1000:.1f} ms",
+            f"{bare * 1000:.1f} ms",
+            f"{ours / bare:.2f}",
+        )
+        for calls, pause in ((20, 1.0), (200, 0.1)):
+            ours = bench_together(calls, pause)
+            row(f"{calls} calls at once of {pause:g} s; one", f"{ours:.2f} s", f"{pause:g} s", f"{ours / pause:.2f}")
+        for kind in ("logs", "traces", "metrics"):
+            size, pretty = bench_size(kind)
+            row(
+                f"200 rows of {kind}; pretty-printed JSON",
+                f"{size:,} characters",
+                f"{pretty:,} characters",
+                f"{size / pretty:.2f}",
+            )
+        took, _ = bench_large(service, 50)
+        row("50 MiB answer, refused", f"{took:.2f} s", "", "")
+        row("50 MiB answer, more peak memory", f"{bench_memory(service):.0f} MiB", "", "")
+        took, slowest = bench_large(service, 15.9)
+        row("15.9 MiB answer, shaped", f"{took:.2f} s", "", "")
+        row("slowest ping meanwhile", f"{slowest:.2f} s", "", "")
+        with closing(Program(INSTALLED, **service.environ)) as process:
+            size = len(json.dumps(process.ask("tools/list")["result"]["tools"], separators=(",", ":")))
+        row("`tools/list`, 41 tools", f"{size:,} characters", "", "")
+
+
 if __name__ == "__main__":
-    raise SystemExit(subprocess.call([sys.executable, "-m", "pytest", __file__, *sys.argv[1:]]))
+    if "--bench" in sys.argv:
+        bench()
+    else:
+        raise SystemExit(subprocess.call([sys.executable, "-m", "pytest", __file__, *sys.argv[1:]]))
