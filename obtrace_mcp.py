@@ -38,6 +38,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -50,7 +51,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from email.message import Message
@@ -1126,6 +1127,7 @@ BROKEN_CONNECTION = (
     ssl.SSLEOFError,
 )
 
+PROXY_CREDENTIALS = "Proxy-authorization"  # as urllib's ProxyHandler spells it
 KEY_REMOVED = "[API key removed]"
 WRITING_IS_OFF = "this server is read-only; the operator can restart it with --enable-write"
 
@@ -1314,10 +1316,8 @@ class Transport(urllib.request.BaseHandler):
         server_name = urllib.parse.urlsplit(f"//{tunnel or request.host}").hostname or ""
         connection = HTTPSConnection(request.host, server_name, self._context(), timeout)
         if tunnel:
-            credentials = {
-                name: value for name, value in request.header_items() if name.lower() == "proxy-authorization"
-            }
-            connection.set_tunnel(tunnel, headers=credentials)
+            credentials = request.headers.get(PROXY_CREDENTIALS)
+            connection.set_tunnel(tunnel, headers={PROXY_CREDENTIALS: credentials} if credentials else {})
         return connection
 
     def _exchange(self, connection: http.client.HTTPConnection, request: HTTPRequest) -> http.client.HTTPResponse:
@@ -1327,11 +1327,9 @@ class Transport(urllib.request.BaseHandler):
             if connection.sock is None:
                 connection.connect()
             connection.sock.settimeout(request.call.remaining())
-            headers = {
-                name: value
-                for name, value in request.header_items()
-                if name.lower() != "proxy-authorization" or request.type == "http"
-            }
+            headers = dict(request.headers)
+            if request.type == "https":
+                headers.pop(PROXY_CREDENTIALS, None)  # they went with the CONNECT, and are not the service's
             body = request.data if isinstance(request.data, bytes) else None
             connection.request(request.get_method(), request.selector, body, headers)
             response = connection.getresponse()
@@ -1378,12 +1376,9 @@ class Client:
         return self._context
 
     def scrub(self, value: str) -> str:
-        """The text without any API key that was read so far, as it is or as JSON or a URL would write it."""
+        """The text without any API key that was read so far."""
         for api_key in self._keys:
-            percent = urllib.parse.quote(api_key, safe="")
-            lower = re.sub("%..", lambda match: match[0].lower(), percent)
-            written = json.dumps(api_key)[1:-1]
-            for form in {api_key, written, written.replace("/", "\\/"), percent, lower, urllib.parse.quote(api_key)}:
+            for form in _written_forms(api_key):
                 value = value.replace(form, KEY_REMOVED)
         return value
 
@@ -1471,6 +1466,15 @@ class Client:
         if isinstance(error, BROKEN_CONNECTION) and url.scheme == "https" and not self.config.tls_client_cert:
             cause += "; should it go on, the service may want a client certificate (OBTRACE_TLS_CLIENT_CERT)"
         return self.scrub(f"{request.method} {request.path} got no answer from {url.netloc}: {cause}")
+
+
+@functools.lru_cache(maxsize=100)
+def _written_forms(api_key: str) -> list[str]:
+    """The key as it is, and as JSON or a URL would write it; the longest first."""
+    percent, escaped = urllib.parse.quote(api_key, safe=""), json.dumps(api_key)[1:-1]
+    lower = re.sub("%..", lambda match: match[0].lower(), percent)
+    forms = {api_key, escaped, escaped.replace("/", "\\/"), percent, lower, urllib.parse.quote(api_key)}
+    return sorted(forms, key=len, reverse=True)
 
 
 def _read_body(response: http.client.HTTPResponse, call: Call) -> bytes:
@@ -1898,7 +1902,9 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
         ) from None
 
     listing = types.ListToolsResult.model_validate({"tools": [tool.listing() for tool in toolbox.tools.values()]})
-    turns = anyio.CapacityLimiter(CALLS_AT_ONCE)  # fewer than anyio's 40 threads, two of which carry stdin and stdout
+    turns = anyio.Semaphore(
+        CALLS_AT_ONCE, fast_acquire=True
+    )  # fewer than anyio's 40 threads, two of which carry stdin and stdout
 
     async def list_tools(context: Any, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
         return listing
@@ -1909,15 +1915,23 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
             seconds = beats * PROGRESS_EVERY
             await context.session.report_progress(seconds, message=f"waiting for Obtrace for {seconds:g} s")
 
+    @contextlib.asynccontextmanager
+    async def reporting(context: Any) -> AsyncIterator[None]:
+        if not context.meta or "progress_token" not in context.meta:
+            yield
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(report_progress, context)
+            yield
+            tasks.cancel_scope.cancel()
+
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         if params.name not in TOOL_NAMES:
             raise MCPError(
                 types.INVALID_PARAMS, f"Unknown tool: {_quote(params.name)}{_nearest(params.name, toolbox.tools)}"
             )
-        async with turns, anyio.create_task_group() as tasks:
+        async with turns, reporting(context):
             call = Call(toolbox.client.config.timeout)
-            if context.meta and "progress_token" in context.meta:
-                tasks.start_soon(report_progress, context)
             try:
                 with anyio.fail_after(toolbox.client.config.timeout):
                     outcome = await anyio.to_thread.run_sync(
@@ -1927,18 +1941,19 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
                 outcome = toolbox.timed_out(params.name)
             finally:
                 call.end()
-                tasks.cancel_scope.cancel()
         texts = [outcome.text, outcome.note] if outcome.note else [outcome.text]
         content = [types.TextContent(type="text", text=text) for text in texts]
         return types.CallToolResult(content=list(content), is_error=outcome.failed)
 
-    return Server(
+    server: Server[Any] = Server(
         "mcp-obtrace",
         version=__version__,
         instructions=toolbox.instructions(),
         on_list_tools=list_tools,
         on_call_tool=call_tool,
     )
+    server.middleware.clear()  # its OpenTelemetry spans: what is asked here is nobody else's to collect
+    return server
 
 
 def run_stdio(server: Server[Any]) -> NoReturn:
@@ -1992,56 +2007,70 @@ async def serve_stdio(server: Server[Any]) -> None:
     from mcp.server.stdio import stdio_server
     from mcp.shared.message import SessionMessage
 
-    gone = anyio.Event()
-    answers, outbox = anyio.create_memory_object_stream[SessionMessage]()
-    lanes: dict[bool, MemoryObjectSendStream[SessionMessage | Exception]] = {}
+    ended = anyio.Event()
     waiting: set[str] = set()  # ids as text: the SDK takes 7 and "7" for the same
+    eras: list[bool] = []  # the era of the client's first request, and then the other one, if it comes
+    others: list[MemoryObjectSendStream[SessionMessage | Exception]] = []  # the lane of the other one
 
-    async def deliver() -> None:
-        async with outgoing:
-            async for item in outbox:
-                await outgoing.send(item)
-                if isinstance(item.message, types.JSONRPCResponse | types.JSONRPCError):
-                    waiting.discard(str(item.message.id))
+    async def is_own(item: SessionMessage | Exception) -> bool:
+        """Whether the first lane gets the item; else it is answered here, or led to the other lane."""
+        if isinstance(item, Exception):
+            await outgoing.send(SessionMessage(_no_jsonrpc(item)))
+            return False
+        message = item.message
+        if isinstance(message, types.JSONRPCRequest):
+            waiting.add(str(message.id))
+            meta = (message.params or {}).get("_meta")
+            modern = (
+                isinstance(meta, dict) and types.PROTOCOL_VERSION_META_KEY in meta and message.method != "initialize"
+            )
+            if modern not in eras:
+                eras.append(modern)
+                if len(eras) == 2:
+                    lane, inbox = anyio.create_memory_object_stream[SessionMessage | Exception](math.inf)
+                    others.append(lane)
+                    tasks.start_soon(server.run, inbox, Outlet(), server.create_initialization_options())
+            if modern == eras[0]:
+                return True
+        elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
+            waiting.discard(str((message.params or {}).get("requestId")))
+        for lane in others:
+            lane.send_nowait(item)
+        return not isinstance(message, types.JSONRPCRequest)
 
-    async def leave_with_client() -> None:
-        try:
-            await gone.wait()
-        except anyio.get_cancelled_exc_class():
-            leave(1)  # a write failed, and the SDK would wait for a next line before it gives up
-
-    async with stdio_server() as (incoming, outgoing), anyio.create_task_group() as tasks:
-        tasks.start_soon(deliver)
-        tasks.start_soon(leave_with_client)
+    async def inlet() -> AsyncIterator[SessionMessage | Exception]:
         async for item in incoming:
-            if isinstance(item, Exception):
-                await answers.send(SessionMessage(_no_jsonrpc(item)))
-                continue
-            if isinstance(item.message, types.JSONRPCRequest):
-                waiting.add(str(item.message.id))
-                meta = (item.message.params or {}).get("_meta")
-                modern = (
-                    isinstance(meta, dict)
-                    and types.PROTOCOL_VERSION_META_KEY in meta
-                    and item.message.method != "initialize"
-                )
-                if modern not in lanes:
-                    lanes[modern], inbox = anyio.create_memory_object_stream[SessionMessage | Exception]()
-                    tasks.start_soon(server.run, inbox, answers.clone(), server.create_initialization_options())
-                await lanes[modern].send(item)
-                continue
-            if isinstance(item.message, types.JSONRPCNotification) and item.message.method == "notifications/cancelled":
-                waiting.discard(str((item.message.params or {}).get("requestId")))
-            for lane in lanes.values():
-                await lane.send(item)
-        gone.set()
+            if await is_own(item):
+                yield item
+        ended.set()
         asyncio.get_running_loop().call_later(DRAIN + 0.5, leave, 0)  # whoever does not read his answers
         with anyio.move_on_after(DRAIN):
             while waiting:
                 await anyio.sleep(0.01)
-        for lane in lanes.values():
+        for lane in others:
             lane.close()
-        answers.close()
+
+    class Outlet(anyio.abc.ObjectSendStream[SessionMessage]):
+        async def send(self, item: SessionMessage) -> None:
+            await outgoing.send(item)
+            if isinstance(item.message, types.JSONRPCResponse | types.JSONRPCError):
+                waiting.discard(str(item.message.id))
+
+        async def aclose(self) -> None:
+            pass  # the other lane may still write
+
+    async def leave_with_client() -> None:
+        try:
+            await ended.wait()
+        except anyio.get_cancelled_exc_class():
+            leave(1)  # a write failed, and the SDK would wait for a next line before it gives up
+
+    async with stdio_server() as (incoming, outgoing):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(leave_with_client)
+            lines: Any = inlet()
+            await server.run(lines, Outlet(), server.create_initialization_options())
+        await outgoing.aclose()
 
 
 def _no_jsonrpc(error: Exception) -> Any:

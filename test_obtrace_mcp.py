@@ -23,7 +23,6 @@ import shlex
 import signal
 import socket
 import ssl
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -165,8 +164,8 @@ def service() -> Iterator[Service]:
 
 
 def clean_environ(**more: str) -> dict[str, str]:
-    """This process's environment without anything that configures the program or a proxy."""
-    kept = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper() and "OBTRACE" not in name}
+    """This process's environment without anything that configures the program or a proxy, or keeps Python from caching."""
+    kept = {name: value for name, value in os.environ.items() if not re.search("PROXY|OBTRACE|BYTECODE", name.upper())}
     return kept | {"PYTHONPATH": "", "COLUMNS": "80"} | more
 
 
@@ -2135,7 +2134,7 @@ def bench_call(service: Service) -> tuple[float, float]:
             (seconds(lambda: ours.call("list_teams")), seconds(lambda: bare.call("x")) + seconds(get))
             for _ in range(400)
         ]
-    return statistics.median(one for one, _ in rounds[100:]), statistics.median(other for _, other in rounds[100:])
+    return middle(rounds[100:])
 
 
 @contextmanager
