@@ -1397,6 +1397,16 @@ def test_gets_share_a_connection_and_a_stale_one_costs_a_silent_reconnect(servic
     assert len(service.requests) == 5
 
 
+def test_a_write_travels_on_a_connection_of_its_own(service: Service) -> None:
+    with serving("--enable-write", **service.environ) as process:
+        process.call("list_teams")
+        process.call("create_dashboard", name="n")
+        process.call("summarize")
+        process.call("list_teams")
+    assert len(service.requests) == 4
+    assert service.connections == 3  # the two GETs share theirs
+
+
 # ---------------------------------------------------------------- from an answer to text
 
 
