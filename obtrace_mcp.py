@@ -1280,11 +1280,11 @@ class Transport(urllib.request.BaseHandler):
 
     def _take(self) -> http.client.HTTPConnection | None:
         """A connection that was kept, unless it is old, or readable though nothing was asked."""
-        while self._idle:
+        while True:
             try:
                 since, connection = self._idle.pop()
             except IndexError:
-                break  # another thread was faster
+                return None
             sock = connection.sock
             sock.settimeout(0)
             try:
@@ -1296,7 +1296,6 @@ class Transport(urllib.request.BaseHandler):
             except OSError:
                 pass
             connection.close()
-        return None
 
     def keep(self, connection: http.client.HTTPConnection) -> None:
         """Take back a connection whose answer was read to its end."""
@@ -1305,8 +1304,9 @@ class Transport(urllib.request.BaseHandler):
 
     def forget(self) -> None:
         """Close what was kept: after one connection went dead, its neighbours are no better."""
-        while self._idle:
-            self._idle.pop()[1].close()
+        idle, self._idle = self._idle, []
+        for _, connection in idle:
+            connection.close()
 
     def _connect(self, request: HTTPRequest) -> http.client.HTTPConnection:
         timeout = request.call.remaining()

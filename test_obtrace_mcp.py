@@ -1451,15 +1451,29 @@ JSON = st.recursive(
         st.dictionaries(NAMES, inner, max_size=4),
         # rows that share most of what they have
         st.tuples(st.dictionaries(NAMES, inner), st.lists(st.dictionaries(NAMES, inner, max_size=1), max_size=4)).map(
-            lambda both: [both[0] | {"attributes": both[0] | row} for row in both[1]]
+            lambda both: [both[0] | {"pad": "x" * 40, "attributes": both[0] | row} for row in both[1]]
         ),
     ),
     max_leaves=30,
 )
 
 
+PAD = {"pad": "x" * 40}  # long enough to be worth sharing
+
+
 @hypothesis.given(JSON)
 @hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.example([{**PAD, "a": 1}, {**PAD, "a": 1.0}])
+@hypothesis.example([{**PAD, "a": 1}, {**PAD, "a": True}])
+@hypothesis.example([{**PAD, "a": [1]}, {**PAD, "a": [1.0]}])
+@hypothesis.example([{**PAD, "a": {"b": [True]}}, {**PAD, "a": {"b": [1]}}])
+@hypothesis.example([{**PAD, "a": 0.0}, {**PAD, "a": -0.0}])
+@hypothesis.example([{**PAD, "a": {}}, {**PAD, "a": {"b": 1}}])
+@hypothesis.example([{**PAD, "a": {**PAD, "b": 1}}, {**PAD, "a": PAD}])
+@hypothesis.example([{**PAD, "a": [PAD, PAD]}, {**PAD, "a": [PAD, PAD, PAD]}])
+@hypothesis.example([[PAD, PAD], [PAD, PAD]])
+@hypothesis.example([{"same_in_every_row": PAD, "rows": [{}]}, {"same_in_every_row": PAD, "rows": [{}]}])
+@hypothesis.example({"same_in_every_row": None, "rows": {"same_in_every_row": 1}})
 def test_compaction_is_lossless(value: Any) -> None:
     read = json.loads(program.render(value))
     assert exact(rebuild(read)) == exact(json.loads(json.dumps(value)))
@@ -1483,6 +1497,9 @@ def test_what_all_rows_share_stands_once_beside_them() -> None:
     }
     assert json.loads(program.render({"logs": rows})) == {"logs": expected}
     assert "same_in_every_row" not in program.render([{"a": 1}, {"a": 1}])  # would be longer
+    inner = [{"events": [{**PAD, "n": n}, {**PAD, "n": n + 1}]} for n in (1, 3)]  # shared within each list only
+    apart = [{"events": {"same_in_every_row": PAD, "rows": [{"n": n}, {"n": n + 1}]}} for n in (1, 3)]
+    assert json.loads(program.render(inner)) == apart
 
 
 def test_a_result_over_the_budget_is_the_largest_prefix_of_rows(service: Service) -> None:
