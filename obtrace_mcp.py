@@ -1358,7 +1358,7 @@ class Client:
         self.config = config
         self.enable_write = enable_write
         self._keys = {config.read_api_key()}  # all that were read, so that none is ever shown
-        self._transport = Transport(self._tls_context)
+        self._transport = Transport(lambda: self.context)
         host = urllib.parse.urlsplit(config.url).hostname or ""
         self._opener = urllib.request.OpenerDirector()  # bare: it knows no redirects, files or FTP
         self._opener.add_handler(
@@ -1366,18 +1366,16 @@ class Client:
         )
         self._opener.add_handler(self._transport)
         if config.tls_ca_cert or config.tls_client_cert or config.tls_client_key:
-            self._tls_context()  # a wrong file is a start-up error; the system's store can wait for the first call
+            _ = self.context  # a wrong file is a start-up error; the system's store can wait for the first call
 
     @functools.cached_property
-    def _context(self) -> ssl.SSLContext:
+    def context(self) -> ssl.SSLContext:
+        """The TLS settings, made once."""
         return tls_context(self.config)
-
-    def _tls_context(self) -> ssl.SSLContext:
-        return self._context
 
     def scrub(self, value: str) -> str:
         """The text without any API key that was read so far."""
-        for api_key in self._keys:
+        for api_key in list(self._keys):  # another thread may read a rotated key meanwhile
             for form in _written_forms(api_key):
                 value = value.replace(form, KEY_REMOVED)
         return value

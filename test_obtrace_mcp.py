@@ -1979,7 +1979,7 @@ def test_a_client_that_is_gone_leaves_no_traceback() -> None:
 
 def test_a_client_that_reads_no_answers_does_not_keep_it_after_the_end_of_input(service: Service) -> None:
     service.replies = [reply(json.dumps("x" * 2**20))]
-    with serving(**service.environ) as process:
+    with serving(**service.environ, OBTRACE_MAX_RESULT_CHARS="2000000") as process:
         process.start("list_teams")
         assert process.process.stdin
         process.process.stdin.close()
