@@ -123,14 +123,16 @@ class Config:
         if self.api_key and self.api_key_file:
             raise ConfigError("OBTRACE_API_KEY and OBTRACE_API_KEY_FILE are both set; set only one of them")
         if self.api_key:
-            return _header_value("OBTRACE_API_KEY", self.api_key)
+            return _key_value("OBTRACE_API_KEY", self.api_key)
         if not self.api_key_file:
             raise ConfigError(
                 "OBTRACE_API_KEY is not set; set it to an Obtrace API key, or name a file that holds one in OBTRACE_API_KEY_FILE"
             )
         # a key that was put into the wrong variable must not be printed as a path
         name = "OBTRACE_API_KEY_FILE" + ("" if self.api_key_file.startswith("obt_") else f" {self.api_key_file}")
-        if not os.path.isfile(self.api_key_file):  # a pipe would block, and could be read only once
+        if os.path.exists(self.api_key_file) and not os.path.isfile(
+            self.api_key_file
+        ):  # a pipe would block, and could be read only once
             raise ConfigError(f"{name} is not a regular file; name a readable file that holds the API key")
         try:
             with open(self.api_key_file, encoding="utf-8") as file:
@@ -139,9 +141,7 @@ class Config:
             raise ConfigError(
                 f"{name} cannot be read ({_reason(error)}); name a readable file that holds the API key"
             ) from None
-        if not key:
-            raise ConfigError(f"{name} is empty; it must hold the API key")
-        return _header_value(name, key)
+        return _key_value(name, key)
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:
@@ -165,6 +165,12 @@ def _header_value(name: str, value: str) -> str:
             f"{name} contains a space, a control or a non-ASCII character; it is sent as an HTTP header, so only visible ASCII is accepted"
         )
     return value
+
+
+def _key_value(name: str, value: str) -> str:
+    if len(value) < 4:  # nor could it be told from ordinary text, to keep it out of what is shown
+        raise ConfigError(f"{name} holds fewer than 4 characters, so it is no API key; use the key that Obtrace issued")
+    return _header_value(name, value)
 
 
 def _boolean(name: str, value: str) -> bool:
@@ -240,7 +246,7 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Arg:
-    """One argument of a tool; `kind` names the check in CHECKS that it must pass."""
+    """One argument of a tool; `kind` names the check in CHECKS that it must pass, or is "time"."""
 
     kind: str
     description: str = ""
@@ -387,13 +393,13 @@ TOOLS: dict[str, list[Tool]] = {
              query=sql("otel_logs"), **WINDOW, limit=limit(100), **PROJECT),
         read("search_logs", "GET /api/v1/search/logs",
              "Find log records by text, severity or service. First choice for errors and messages.",
-             text=need("words to find in the body"), severity=Arg("list", "e.g. ERROR, WARN"),
+             text=need("to find in the body"), severity=Arg("list", "e.g. ERROR, WARN"),
              service=opt(), **WINDOW, limit=limit(50), **PROJECT),
         read("list_log_services", "GET /api/v1/logs/services",
              "List the services that send logs.",
              **RANGE, **PROJECT),
         read("log_stats", "GET /api/v1/logs/stats",
-             "Count logs over time or per group. Shows when errors began.",
+             "Count logs over time or per group.",
              service=opt(), group_by=opt("severity, service_name, resource, ..."), **WINDOW, **PROJECT),
         read("log_patterns", "GET /api/v1/logs/patterns",
              "Cluster similar log messages and count them. Shows what dominates noisy logs.",
@@ -408,7 +414,7 @@ TOOLS: dict[str, list[Tool]] = {
              trace_id=ident(), **PROJECT),
         read("search_traces", "GET /api/v1/search/traces",
              "Find traces by service, operation, latency or status. First choice for slow or failing requests.",
-             service=opt(), operation=opt(), min_latency=opt("e.g. 500ms, 1s"), max_latency=opt(),
+             service=opt(), operation=opt(), min_latency=Arg("duration", "e.g. 500ms, 1s"), max_latency=Arg("duration"),
              status=one_of("OK", "ERROR", "UNSET"), **WINDOW, limit=limit(50), **PROJECT),
         read("list_trace_services", "GET /api/v1/traces/services",
              "List the services that send traces.",
@@ -438,7 +444,7 @@ TOOLS: dict[str, list[Tool]] = {
              metric_name=ident(), label_name=ident(), **RANGE, **PROJECT),
         read("metric_stats", "GET /api/v1/metrics/{metric_name}/stats",
              "Get a metric's values aggregated per step.",
-             metric_name=ident(), service=opt(), step=opt("bucket width", default="1m"), **WINDOW, **PROJECT),
+             metric_name=ident(), service=opt(), step=Arg("duration", "bucket width", default="1m"), **WINDOW, **PROJECT),
     ],
     "dashboards": [
         read("list_dashboards", "GET /api/v1/dashboards",
@@ -495,7 +501,7 @@ TOOLS: dict[str, list[Tool]] = {
         write("create_alert_rule", "POST /api/v1/alerts/rules",
              "Create an alert rule.",
              name=need(), query=need("the alert condition"), severity=one_of(*LEVELS, required=True),
-             interval=opt("time between evaluations", default="1m"), description=opt(), **PROJECT),
+             interval=Arg("duration", "between evaluations", default="1m"), description=opt(), **PROJECT),
         write("update_alert_rule", "PUT /api/v1/alerts/rules/{rule_id}",
              "Change, enable or disable an alert rule.",
              rule_id=ident(), name=opt(), description=opt(), query=opt(), severity=one_of(*LEVELS),
@@ -589,6 +595,22 @@ HOUR = 3600 * SECOND
 UNITS = {"s": SECOND, "m": 60 * SECOND, "h": HOUR, "d": 24 * HOUR, "w": 7 * 24 * HOUR}
 YEAR_10000 = 253_402_300_800 * SECOND  # the first instant that RFC 3339 cannot write
 
+# The optional arguments that narrow a search.
+FILTERS = {
+    *(
+        "service",
+        "severity",
+        "status",
+        "operation",
+        "min_latency",
+        "max_latency",
+        "prefix",
+        "query",
+        "rule_id",
+        "user_id",
+    ),
+    *("has_error", "event_type", "types"),
+}
 TIME_FORMS = "RFC 3339, a date, epoch seconds to nanoseconds, now, or relative such as now-2h, -30m, 2h (s, m, h, d, w)"
 
 
@@ -602,7 +624,8 @@ class Request:
     query: str = ""  # percent-encoded
     body: bytes | None = None
     project_id: str = ""
-    window: str = ""  # what was searched, when the call did not say it in so many words
+    window: str = ""  # what is searched
+    unsaid: bool = False  # whether the call said so in other words, or not at all
     filters: tuple[str, ...] = ()  # the arguments that narrow a search
 
 
@@ -620,22 +643,20 @@ def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: in
     path = re.sub(r"\{(\w+)\}", lambda match: urllib.parse.quote(values[match[1]], safe=""), tool.path)
     effective_project = values.get("project_id", project_id)
     parameters = {name: value for name, value in values.items() if name not in tool.placeholders}
-    unsaid = any(values.get(name) != given.get(name) for name in ("time_from", "time_to"))
+    times = {"time_from": "the beginning", "time_to": "now"} if values.keys() & {"time_from", "time_to"} else {}
     told = {
         "project_id": effective_project,
-        "window": f"{values.get('time_from', 'the beginning')} to {values.get('time_to', 'now')}" if unsaid else "",
-        "filters": tuple(name for name in given if name in parameters and _is_filter(tool.args[name])),
+        "window": " to ".join(values.get(name, otherwise) for name, otherwise in times.items()),
+        "unsaid": any(values.get(name) != (given.get(name) or None) for name in times),
+        "filters": tuple(
+            name for name in given if name in parameters and name in FILTERS and not tool.args[name].required
+        ),
     }
     if tool.method in ("POST", "PUT"):
         return Request(tool.name, tool.method, path, body=json.dumps(parameters).encode(), **told)
     pairs = {name: "true" if value is True else value for name, value in parameters.items() if value is not False}
     query = urllib.parse.urlencode(pairs, doseq=True, quote_via=urllib.parse.quote, safe="")
     return Request(tool.name, tool.method, path, query=query, **told)
-
-
-def _is_filter(arg: Arg) -> bool:
-    """Whether the argument narrows a search and may be left out."""
-    return not arg.required and arg.kind in ("string", "id", "boolean", "list", "csv")
 
 
 def check_arguments(tool: Tool, given: Mapping[str, Any], now: int) -> dict[str, Any]:
@@ -723,6 +744,13 @@ def _check_list(arg: Arg, value: Any) -> list[str]:
     return checked
 
 
+def _check_duration(arg: Arg, value: Any) -> str:
+    checked = _check_string(arg, value).replace(" ", "")
+    if not re.fullmatch(r"(\d+(\.\d+)?(ns|us|µs|ms|s|m|h|d))+", checked, re.ASCII):
+        raise ValueError("it must be a duration such as 500ms, 1s or 2m")
+    return checked
+
+
 def _check_time(value: Any, now: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError(f"it must be a time: {TIME_FORMS}")
@@ -740,6 +768,7 @@ CHECKS: dict[str, Callable[[Arg, Any], Any]] = {
     "project": _check_project,
     "sql": lambda arg, value: check_sql(_check_string(arg, value)),
     "integer": _check_integer,
+    "duration": _check_duration,
     "boolean": _check_boolean,
     "list": _check_list,
     "csv": lambda arg, value: ",".join(_check_list(arg, value)),
@@ -781,10 +810,10 @@ def parse_time(value: str, now: int) -> int | None:
 
 
 def format_time(instant: int) -> str:
-    """RFC 3339 in UTC, with a fraction only where there is one."""
+    """RFC 3339 in UTC, with a fraction of 3, 6 or 9 digits where there is one."""
     seconds, fraction = divmod(instant, SECOND)
     stamp = datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
-    return stamp + f".{fraction:09d}".rstrip("0").rstrip(".") + "Z"
+    return stamp + re.sub(r"\.?(000)+$", "", f".{fraction:09d}") + "Z"
 
 
 def _set_window(tool: Tool, values: dict[str, Any], now: int) -> None:
@@ -866,7 +895,7 @@ _SQL_REFUSED = {
     _SQL_CLAUSE.format("INSERT"): "INSERT writes",
     _SQL_CLAUSE.format("INTO"): "INTO writes",
     _SQL_CLAUSE.format("SETTINGS"): "SETTINGS could lift the service's limits",
-    r"\bSETTINGS (?!END\b)(?:\w+|``)(?: \. (?:\w+|``))* [=,]": "SETTINGS could lift the service's limits",
+    r"\bSETTINGS (?!(?:END|ASC|DESC)\b)(?:\w+|``)(?: \. (?:\w+|``))* [=,]": "SETTINGS could lift the service's limits",
     r"\bPARALLEL WITH\b": "PARALLEL WITH runs several statements",
     r"\bAS (?:MATERIALIZED )?\( (?:UPDATE|DELETE|MERGE|REPLACE|ALTER|CREATE|DROP|TRUNCATE)\b": "a WITH may only hold SELECT",
 }
@@ -874,14 +903,15 @@ _SQL_REFUSED = {
 _SQL_TABLE_FUNCTIONS = {"numbers", "numbers_mt", "zeros", "zeros_mt", "generate_series", "generateseries", "values"}
 # Functions of values that may stand after IN, where ClickHouse would run a table function too.
 _SQL_VALUE_FUNCTIONS = re.compile(
-    r"tuple|array\w*|to[a-z]\w*|splitby\w*|range|cast|lower|upper|tokens|now|today|yesterday"
+    r"tuple|array\w*|to[a-z]\w*|splitby\w*|range|cast|lower|upper|tokens|now|today|yesterday|concat|date\w*|add\w+"
+    r"|subtract\w+|parse\w+|map\w*|if|hex|unhex|ipv[46]\w+"
 )
 # Scalar functions that read files, dictionaries or Join tables, run models, or reach another host;
 # and IN written as a function, which hides what it reads.
 _SQL_FUNCTIONS_REFUSED = re.compile(
-    r"file|dict(?:get|has|isin)\w*|joinget\w*|catboostevaluate|modelevaluate|naivebayesclassifier|ai[a-z]\w*|regionto\w*"
+    r"file|dict(?:get|has|isin)\w*|joinget\w*|catboostevaluate|modelevaluate|naivebayesclassifier|ai(?:generate|embed|classify|extract|translate)\w*|regionto\w*"
     r"|synonyms|lemmatize|hascolumnintable|reversednsquery|addressto\w*|generateserialid|getclienthttpheader"
-    r"|(?:global)?(?:not)?(?:null)?in(?:ignoreset)?(?<!^in)"
+    r"|(?:global)?(?:not)?(?:null)?in(?:ignoreset)?"
 )
 # Functions that may be written with FROM between their arguments: trim(BOTH 'x' FROM body).
 _SQL_FROM_IN_ARGUMENTS = {"EXTRACT", "TRIM", "LTRIM", "RTRIM", "SUBSTRING", "SUBSTR", "OVERLAY"}
@@ -1012,14 +1042,17 @@ def _check_tables(tokens: Sequence[Token]) -> None:
     values: set[int] = set()  # the brackets that hold what IN looks through
     selecting: set[int] = set()
     ordering: set[int] = set()
+    divided: set[int] = set()  # the brackets that are past a comma or an IN, so that POSITION(a IN b) is over
     if _is_word(tokens[0], "DESCRIBE", "DESC"):
         _check_table(tokens, 2 if _is_word(_at(tokens, 1), "TABLE") else 1, listing)
     for i, token in enumerate(tokens):
         after, level = _at(tokens, i + 1), token.parent
         if level in values and (i == level + 1 or _is_sign(tokens[i - 1], ",")):
             _check_value(tokens, i, values)
-        if _is_sign(token, ",") and level in listing:
-            _check_table(tokens, i + 1, listing)
+        if _is_sign(token, ","):
+            divided.add(level)
+            if level in listing:
+                _check_table(tokens, i + 1, listing)
         elif _is_word(token, "SELECT", "WITH"):
             selecting.add(level)
             if _is_word(token, "SELECT"):
@@ -1035,8 +1068,11 @@ def _check_tables(tokens: Sequence[Token]) -> None:
             if after.kind != "sign" or _is_sign(after, "(", "{"):  # else a column or an alias
                 listing.add(level)
                 _check_table(tokens, i + 1, listing)
-        elif _is_word(token, "IN") and not (level > 0 and _is_word(tokens[level - 1], "POSITION")):
-            _check_value(tokens, i + 1, values)
+        elif _is_word(token, "IN"):
+            position = level > 0 and _is_word(tokens[level - 1], "POSITION") and level not in divided
+            if not position:
+                _check_value(tokens, i + 1, values)
+            divided.add(level)
 
 
 def _ends_tables(tokens: Sequence[Token], index: int) -> bool:
@@ -1045,12 +1081,16 @@ def _ends_tables(tokens: Sequence[Token], index: int) -> bool:
     One keyword alone is not enough: it could be a table's or a column's alias.
     """
     token, before, after = tokens[index], _at(tokens, index - 1), _at(tokens, index + 1)
+    follows = _ends_operand(_at(tokens, index - 2))
     if _is_word(token, "BY"):
-        limit = before.kind == "number" and (after.kind != "sign" or _is_sign(after, "("))
-        return limit or _is_word(before, "ORDER", "GROUP")
+        limit = before.kind == "number" and (
+            _is_word(_at(tokens, index - 2), "LIMIT", "OFFSET") or _is_sign(_at(tokens, index - 2), ",")
+        )
+        return limit and not _is_sign(after, ",") or follows and _is_word(before, "ORDER", "GROUP")
     if _is_word(token, "JOIN"):
-        return _is_word(before, "ARRAY") and _ends_operand(_at(tokens, index - 2))
-    return _is_word(token, "UNION", "INTERSECT", "EXCEPT") and _is_word(after, "ALL", "DISTINCT", "SELECT")
+        return follows and _is_word(before, "ARRAY")
+    opens = _is_word(token, "UNION", "INTERSECT", "EXCEPT") and _is_word(after, "ALL", "DISTINCT", "SELECT")
+    return opens and _ends_operand(before)
 
 
 def _is_other_from(tokens: Sequence[Token], index: int, selecting: set[int], ordering: set[int]) -> bool:
@@ -1105,10 +1145,12 @@ def _check_functions(tokens: Sequence[Token]) -> None:
     """Refuse scalar functions that read anything but their arguments."""
     for i, token in enumerate(tokens):
         opener = i - 2 if _is_sign(_at(tokens, i - 1), "(") else i - 1
-        called = _is_sign(_at(tokens, i + 1), "(") or _is_word(_at(tokens, opener), "APPLY")
-        if token.kind not in ("word", "name") or not called:
+        applied = _is_word(_at(tokens, opener), "APPLY")
+        if token.kind not in ("word", "name") or not (applied or _is_sign(_at(tokens, i + 1), "(")):
             continue
         name = token.text.lower()
+        if name == "in" and token.kind == "word" and not applied:
+            continue  # the operator, or a function whose arguments are checked as its values
         if _SQL_FUNCTIONS_REFUSED.fullmatch(name) or (token.kind == "name" and "\\" in name):
             raise ValueError(f"the function {_quote(name)} reads more than the telemetry; leave it out")
 
@@ -1146,10 +1188,11 @@ def tls_context(config: Config) -> ssl.SSLContext:
             ) from None
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the file may hold only an intermediate CA
     else:
-        import certifi
-
         context.load_default_certs()
-        context.load_verify_locations(certifi.where())
+        with contextlib.suppress(ImportError):  # a copied file may run without it; then the system's store has to do
+            import certifi
+
+            context.load_verify_locations(certifi.where())
     _load_client_cert(context, config)
     if config.tls_insecure:
         context.check_hostname = False
@@ -1208,6 +1251,7 @@ class Call:
         self.deadline = time.monotonic() + seconds
         self.ended = threading.Event()
         self._connection: http.client.HTTPConnection | None = None
+        self._sock: socket.socket | None = None
         self._lock = threading.Lock()
 
     def remaining(self) -> float:
@@ -1225,13 +1269,14 @@ class Call:
         """Name the connection that `end` has to close."""
         with self._lock:
             self._connection = connection
+            self._sock = connection.sock if connection else None  # http.client drops it while the last answer is read
         self.remaining()
 
     def end(self) -> None:
         """Close the call's connection, whatever its thread is waiting for on it."""
         self.ended.set()
         with self._lock:
-            sock = self._connection.sock if self._connection else None
+            sock = self._sock or (self._connection.sock if self._connection else None)
             if sock is not None:
                 with contextlib.suppress(OSError):  # not connected yet, or not any more
                     # not SSLSocket's own shutdown, which would pull TLS from under the reading thread
@@ -1326,6 +1371,7 @@ class Transport(urllib.request.BaseHandler):
         try:
             if connection.sock is None:
                 connection.connect()
+                request.call.use(connection)
             connection.sock.settimeout(request.call.remaining())
             headers = dict(request.headers)
             if request.type == "https":
@@ -1359,11 +1405,8 @@ class Client:
         self.enable_write = enable_write
         self._keys = {config.read_api_key()}  # all that were read, so that none is ever shown
         self._transport = Transport(lambda: self.context)
-        host = urllib.parse.urlsplit(config.url).hostname or ""
         self._opener = urllib.request.OpenerDirector()  # bare: it knows no redirects, files or FTP
-        self._opener.add_handler(
-            urllib.request.ProxyHandler({} if is_loopback(host) else urllib.request.getproxies_environment())
-        )
+        self._opener.add_handler(urllib.request.ProxyHandler(_proxies(config.url)))
         self._opener.add_handler(self._transport)
         if config.tls_ca_cert or config.tls_client_cert or config.tls_client_key:
             _ = self.context  # a wrong file is a start-up error; the system's store can wait for the first call
@@ -1380,17 +1423,19 @@ class Client:
                 value = value.replace(form, KEY_REMOVED)
         return value
 
-    def scrub_json(self, value: str) -> str:
-        """JSON without any API key: scrubbed inside its strings and numbers, so that it stays JSON."""
-        if self.scrub(value) == value:
-            return value
+    def scrub_data(self, answer: Answer, data: Any) -> Any:
+        """The answer's data without any API key, before any cut could leave a part of one."""
+        echoed = any(form.encode() in answer.body for key in list(self._keys) for form in _written_forms(key))
+        return self._scrub_value(data) if echoed or b"\\u00" in answer.body else data
 
-        def literal(match: re.Match[str]) -> str:
-            inside = match[0][1:-1] if match[0].startswith('"') else match[0]
-            clean = self.scrub(inside)
-            return match[0] if clean == inside else f'"{clean}"'
-
-        return re.sub(r'"(?:[^"\\]|\\.)*"|[-+.\w]+', literal, value)
+    def _scrub_value(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self.scrub(name): self._scrub_value(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._scrub_value(item) for item in value]
+        if isinstance(value, str):
+            return self.scrub(value)
+        return value if self.scrub(json.dumps(value)) == json.dumps(value) else KEY_REMOVED
 
     def send(self, request: Request, call: Call) -> Answer:
         """Send the request, a GET again where that can help; raises ObtraceError when there is no answer."""
@@ -1406,7 +1451,7 @@ class Client:
                 if not call.allows(delay):
                     return answer
             except (OSError, http.client.HTTPException, ValueError) as error:
-                if isinstance(error, TimeoutError):
+                if time.monotonic() >= call.deadline:
                     self._transport.forget()
                 if not isinstance(error, BROKEN_CONNECTION) or delay is None or not call.allows(delay):
                     raise ObtraceError(self._explain(request, error, call)) from None
@@ -1464,6 +1509,20 @@ class Client:
         if isinstance(error, BROKEN_CONNECTION) and url.scheme == "https" and not self.config.tls_client_cert:
             cause += "; should it go on, the service may want a client certificate (OBTRACE_TLS_CLIENT_CERT)"
         return self.scrub(f"{request.method} {request.path} got no answer from {url.netloc}: {cause}")
+
+
+def _proxies(url: str) -> dict[str, str]:
+    """The proxies of the environment that count for this URL; loopback is reached without any."""
+    target = urllib.parse.urlsplit(url)
+    proxies = urllib.request.getproxies_environment()
+    if is_loopback(target.hostname or "") or urllib.request.proxy_bypass(target.netloc):
+        return {}
+    proxy = proxies.get(target.scheme, "")
+    if "://" in proxy and not proxy.startswith("http://"):
+        raise ConfigError(
+            f"{target.scheme.upper()}_PROXY is not an http:// proxy, the only kind that is supported; use one, or NO_PROXY"
+        )
+    return proxies
 
 
 @functools.lru_cache(maxsize=100)
@@ -1656,7 +1715,7 @@ def compact(value: Any) -> Any:
     rows = [compact(item) for item in value]
     if len(rows) > 1 and all(_is_plain(row) for row in rows):
         shared = _shared(rows)
-        if len(json.dumps(shared)) * (len(rows) - 1) > 2 * len(SAME):  # else it costs more than it saves
+        if shared and (len(_dumps(shared)) - 2) * (len(rows) - 1) > 2 * len(SAME):  # else it costs more than it saves
             return {SAME: shared, "rows": [_without(row, shared) for row in rows]}
     return rows
 
@@ -1699,18 +1758,23 @@ def _without(row: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
 
 def render(value: Any) -> str:
     """The JSON that the model reads."""
-    return visible(json.dumps(compact(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False))
+    return visible(_dumps(compact(value)))
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def shorten(value: Any, budget: int, notes: list[str], where: str = "") -> Any:
     """The value, or as much of it as `budget` characters hold when rendered; `notes` tells what was cut."""
-    if _size(value, budget) <= budget:
+    size = _size(value, 10 * budget)
+    if size <= budget or size <= 10 * budget and len(render(value)) <= budget:
         return value
-    if isinstance(value, str):
-        return _shorten_text(value, budget, notes, where)
     if isinstance(value, list):
         return _shorten_list(value, budget, notes, where)
-    return _shorten_object(value, budget, notes, where) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return _shorten_object(value, budget, notes, where)
+    return _shorten_text(value if isinstance(value, str) else json.dumps(value), budget, notes, where)
 
 
 def _size(value: Any, most: int) -> int:
@@ -1737,6 +1801,8 @@ def _shorten_text(value: str, budget: int, notes: list[str], where: str) -> str:
 
 def _shorten_list(value: list[Any], budget: int, notes: list[str], where: str) -> list[Any]:
     """The most first rows that fit; what they share counts once."""
+    if len(value) == 1:
+        return [shorten(value[0], budget - 2, notes, where)]
     fits, over = 0, 1
     while over <= len(value) and len(render(value[:over])) <= budget:
         fits, over = over, over * 2
@@ -1752,16 +1818,16 @@ def _shorten_list(value: list[Any], budget: int, notes: list[str], where: str) -
 
 def _shorten_object(value: dict[str, Any], budget: int, notes: list[str], where: str) -> dict[str, Any]:
     """Small values stay, and large ones share what they leave."""
-    sizes = {name: len(render(name)) + 2 + _size(item, budget) for name, item in value.items()}
+    sizes = {name: _size(item, budget) for name, item in value.items()}
     kept: dict[str, Any] = {}
     left = budget - 2
     for name in sorted(sizes, key=lambda name: sizes[name]):
-        share = max(left // (len(value) - len(kept)), 80)
         overhead = len(render(name)) + 2
-        if min(share, sizes[name]) > left:
+        share = max(left // (len(value) - len(kept)), 80) - overhead
+        if overhead + max(min(share, sizes[name]), 5) > left:
             notes.append(f"showing {len(kept):,} of the {len(value):,} keys{f' of {where}' if where else ''}")
             break
-        kept[name] = shorten(value[name], share - overhead, notes, where=name[:50])
+        kept[name] = shorten(value[name], share, notes, where=name[:50])
         left -= overhead + len(render(kept[name]))
     return {name: kept[name] for name in value if name in kept}
 
@@ -1772,34 +1838,40 @@ def shape(data: Any, budget: int) -> tuple[str, list[str]]:
         notes: list[str] = []
         text = render(shorten(data, int(budget * share), notes))
         if len(text) <= budget:
-            break
-    return text, notes
+            return text, notes
+    return '"..."', ["the answer is too large, and of a shape that cannot be cut"]
 
 
 def note_on(request: Request, data: Any, cuts: Sequence[str], tools: Mapping[str, Tool]) -> str:
     """What there is to say beside the data: what was cut, what was searched, and what to try when nothing was found."""
+    searched = f" Searched {request.window} (UTC)." if request.window else ""
     if cuts:
-        told = f"{'; '.join(cuts[:5])}; narrow the time range, add a filter or lower limit.{_window(request)}"
-        return told[:1].upper() + told[1:]
-    lists = [item for item in (data.values() if isinstance(data, dict) else [data]) if isinstance(item, list)]
-    if not lists or any(lists):
-        return _window(request).strip()
+        more = f", and {len(cuts) - 5} more" if len(cuts) > 5 else ""
+        return f"{'; '.join(cuts[:5])}{more}; narrow the time range, add a filter or lower limit.{searched}"
+    if request.method != "GET" or not _is_empty(data):
+        return searched.strip() if request.unsaid else ""
     overview = next((OVERVIEWS[category] for category, rows in TOOLS.items() if TOOL_NAMES[request.tool] in rows), "")
-    hints = ["a longer time range, e.g. time_from=now-24h"] if "time_from" in TOOL_NAMES[request.tool].args else []
+    hints = ["a longer time range, e.g. time_from=now-24h"] if request.window else []
     hints += [f"the call without {' or '.join(request.filters)}"] if request.filters else []
     hints += [f"{overview} for what there is"] if overview in tools and overview != request.tool else []
-    return f"Nothing was found.{_window(request)}" + (f" Try {', or '.join(hints)}." if hints else "")
+    return f"Nothing was found.{searched}" + (f" Try {', or '.join(hints)}." if hints else "")
 
 
-def _window(request: Request) -> str:
-    return f" Searched {request.window} (UTC)." if request.window else ""
+def _is_empty(data: Any) -> bool:
+    """Whether a search came to nothing: lists that are empty, and beside them at most numbers."""
+    values = list(data.values()) if isinstance(data, dict) else [data]
+    return any(value == [] for value in values) and not any(value for value in values if not _is_number(value))
 
 
-# Which tool of a category shows what there is at all.
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# Which tool shows what there is at all, by category; list_apps has the names that incidents and replays go by.
 OVERVIEWS = {
     "logs": "list_log_services", "traces": "list_trace_services", "metrics": "list_metric_names",
-    "dashboards": "list_dashboards", "incidents": "list_incidents", "alerts": "list_alert_rules",
-    "ai": "list_incidents", "projects": "list_projects", "replay": "list_replay_sessions", "search": "list_projects",
+    "dashboards": "list_dashboards", "incidents": "list_apps", "alerts": "list_alert_rules",
+    "ai": "list_apps", "projects": "list_projects", "replay": "list_apps", "search": "list_projects",
 }  # fmt: skip
 
 
@@ -1807,6 +1879,7 @@ OVERVIEWS = {
 
 CALLS_AT_ONCE = 32
 PROGRESS_EVERY = 3.0  # seconds
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DRAIN = 2.0  # seconds after the end of input in which answers still go out; clients send SIGTERM after about as many
 
 
@@ -1833,11 +1906,13 @@ class Toolbox:
             tool = self._allowed(name)
             now = time.time_ns() // 10**6 * 10**6  # milliseconds are plenty
             request = build_request(tool, arguments, self.client.config.project_id, now)
-            data = read_answer(request, self.client.send(request, call), scrub)
+            answer = self.client.send(request, call)
+            data = read_answer(request, answer, scrub)
             if isinstance(data, Told):
                 return Outcome(scrub(data))
+            data = self.client.scrub_data(answer, data)
             text, cuts = shape(data, self.client.config.max_result)
-            return Outcome(self.client.scrub_json(text), scrub(visible(note_on(request, data, cuts, self.tools))))
+            return Outcome(text, scrub(visible(note_on(request, data, cuts, self.tools))))
         except ObtraceError as error:
             text = visible(str(error))
         except RecursionError:
@@ -1928,7 +2003,7 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
             raise MCPError(
                 types.INVALID_PARAMS, f"Unknown tool: {_quote(params.name)}{_nearest(params.name, toolbox.tools)}"
             )
-        async with turns, reporting(context):
+        async with reporting(context), turns:
             call = Call(toolbox.client.config.timeout)
             try:
                 with anyio.fail_after(toolbox.client.config.timeout):
@@ -1959,12 +2034,10 @@ def run_stdio(server: Server[Any]) -> NoReturn:
     import anyio
 
     async def leave_on_signal() -> None:
-        try:
-            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-                async for number in signals:
-                    leave(128 + number)
-        except NotImplementedError:  # Windows has no signals in the event loop
-            signal.signal(signal.SIGINT, lambda *_: leave(130))
+        # a plain handler alone would miss a signal that lands just before the loop sleeps; Windows has nothing better
+        with contextlib.suppress(NotImplementedError), anyio.open_signal_receiver(*SIGNALS) as signals:
+            async for number in signals:
+                leave(128 + number)
 
     async def serve() -> None:
         async with anyio.create_task_group() as tasks:
@@ -2075,7 +2148,8 @@ def _no_jsonrpc(error: Exception) -> Any:
     """The answer to a line that the SDK could not read; its `id` is not known."""
     import mcp_types as types
 
-    if "Invalid JSON" in str(error):
+    details: Any = error  # a ValidationError of pydantic
+    if details.errors()[0]["type"] == "json_invalid":
         return types.JSONRPCError(
             jsonrpc="2.0",
             id=None,
@@ -2128,8 +2202,8 @@ DEMO_ITEMS: list[dict[str, Any]] = [
     {"kind": "activity", "incident_id": "inc-1", "time": 36, "type": "status_change", "message": "opened by rule-1"},
     {"kind": "activity", "incident_id": "inc-1", "time": 20, "type": "note",
      "message": "v2.4.1 set payments.pool_size from 50 to 10; rollback proposed"},
-    {"kind": "session", "id": "ses-1", "user_id": "user-7", "service": "storefront", "has_error": "true", "time": 30},
-    {"kind": "session", "id": "ses-2", "user_id": "user-8", "service": "storefront", "has_error": "false", "time": 90},
+    {"kind": "session", "id": "ses-1", "user_id": "user-7", "service": "storefront", "has_error": True, "time": 30},
+    {"kind": "session", "id": "ses-2", "user_id": "user-8", "service": "storefront", "has_error": False, "time": 90},
     {"kind": "event", "session_id": "ses-1", "time": 30, "event_type": "click", "detail": "button Pay now"},
     {"kind": "event", "session_id": "ses-1", "time": 29, "event_type": "network", "detail": "POST /checkout 504, 5003 ms"},
     {"kind": "event", "session_id": "ses-1", "time": 29, "event_type": "error", "detail": "Payment timed out"},
@@ -2188,7 +2262,6 @@ DEMO_AI: dict[str, dict[str, Any]] = {
     "root_cause_analysis": {"cause": "checkout v2.4.1 shrank its pool of connections to payments from 50 to 10", "evidence": ["inc-1"]},
     "summarize": {"summary": "checkout fails at payments since v2.4.1; cart is healthy"},
     "autofix": {"file": "checkout/config.yaml", "patch": "-pool_size: 10\n+pool_size: 50\n"},
-    "generate_deeplink": {"url": "https://app.obtrace.example/shop"},
 }
 # fmt: on
 
@@ -2304,6 +2377,8 @@ class Demo:
             self.window = ("" if start is None else self.stamp(start), "~" if end is None else self.stamp(end))
             if tool.name in DEMO_KINDS:
                 return self.from_items(tool, DEMO_KINDS[tool.name], given)
+            if tool.name == "generate_deeplink":
+                return 200, {"url": f"https://app.obtrace.example/{given['type']}/{given['resource_id'] or ''}"}
             return (200, DEMO_AI[tool.name]) if tool.name in DEMO_AI else self.from_telemetry(tool, given)
 
     def from_telemetry(self, tool: Tool, given: Given) -> tuple[int, Any]:
@@ -2318,7 +2393,7 @@ class Demo:
         except (sqlite3.Error, sqlite3.Warning) as error:
             return 400, {"error": f"{error} (the sample service runs SQLite; Obtrace's own dialect is ClickHouse)"}
         if not found and tool.placeholders:
-            return 404, {"error": "nothing has this id"}
+            return 404, {"error": "no telemetry of this name"}
         columns = [column[0] for column in cursor.description]
         rows = [{name: self.cell(name, value) for name, value in zip(columns, row, strict=True)} for row in found]
         return 200, rows[0] if tool.name == "get_metric_metadata" else {"rows": rows}
@@ -2361,7 +2436,11 @@ class Demo:
         return (
             inside
             and named
-            and all(item[name] == value for name, value in fields.items() if name in item and name != "query")
+            and all(
+                str(item[name]).lower() == str(value).lower()
+                for name, value in fields.items()
+                if name in item and name != "query"
+            )
         )
 
 
@@ -2396,7 +2475,11 @@ def start_demo() -> Config:
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return Config(url=f"http://127.0.0.1:{server.server_address[1]}", api_key=api_key, project_id=DEMO_PROJECT)
+    limits = {name: os.environ.get(name, "") for name in ("OBTRACE_TIMEOUT", "OBTRACE_MAX_RESULT_CHARS")}
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    return Config.from_env(
+        limits | {"OBTRACE_URL": url, "OBTRACE_API_KEY": api_key, "OBTRACE_PROJECT_ID": DEMO_PROJECT}
+    )
 
 
 # ---------------------------------------------------------------- the command line
@@ -2441,8 +2524,9 @@ def _parser() -> Parser:
     add("--enabled-tools", metavar="LIST", help=f"serve only these categories or tools, comma-separated; categories: {', '.join(TOOLS)}")
     add("--enable-write", action="store_true", help="also serve the tools that create, change or delete")
     add("--transport", choices=("stdio", "sse", "streamable-http"), default="stdio", help="how clients connect; so far stdio only")
-    add("--addr", metavar="HOST:PORT", default="127.0.0.1:8000", help="address for the HTTP transports (default %(default)s)")
+    add("--addr", metavar="HOST:PORT", default="127.0.0.1:8000", help="address for the HTTP transports; stdio has none")
     add("--demo", action="store_true", help="use a built-in sample service; needs no variable set")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--list-tools", action="store_true", help="print the tools that would be served, and exit")
     add("--call", nargs="+", metavar=("TOOL", "NAME=VALUE"), help="make one call, print its result, and exit with 0, or 1 when it failed")
     # fmt: on
@@ -2469,6 +2553,8 @@ def run(options: argparse.Namespace) -> int:
     toolbox = Toolbox(Client(config, options.enable_write), tools)
     if options.call:
         return call_once(toolbox, *options.call)
+    for number in SIGNALS:  # until the event loop takes them over
+        signal.signal(number, lambda number, _: leave(128 + number))
     gc.disable()  # what the SDK's imports make stays; to look through it again and again is 5 to 10 per cent of the start
     server = build_server(toolbox)
     gc.freeze()
@@ -2535,8 +2621,8 @@ def tool_table(tools: Mapping[str, Tool]) -> str:
 def _without_key(message: str) -> str:
     """A message of ours without the key, should somebody have typed it into a flag."""
     with contextlib.suppress(ConfigError):
-        environ = os.environ.get
-        config = Config("", environ("OBTRACE_API_KEY", "").strip(), environ("OBTRACE_API_KEY_FILE", "").strip())
+        get = functools.partial(_variable, os.environ)
+        config = Config("", get("OBTRACE_API_KEY"), get("OBTRACE_API_KEY_FILE"))
         return message.replace(config.read_api_key(), KEY_REMOVED)
     return message
 

@@ -617,7 +617,7 @@ def test_the_sdk_s_client_calls_every_tool_of_the_sample() -> None:
         "get_replay_events": ({"session_id": "ses-1", "event_type": "network"}, "504"),
         "get_replay_errors": ({"session_id": "ses-1"}, "Payment timed out"),
         "global_search": ({"query": "checkout"}, "Checkout health"),
-        "generate_deeplink": ({"type": "logs"}, "https://"),
+        "generate_deeplink": ({"type": "incident", "resource_id": "inc-1"}, "/incident/inc-1"),
     }  # fmt: skip
     assert list(sample) == GOLDEN_NAMES
 
@@ -684,20 +684,24 @@ FINE = {"OBTRACE_URL": "https://obtrace.test", "OBTRACE_API_KEY": KEY}
         ({"OBTRACE_URL": ""}, "OBTRACE_URL is not set"),
         ({"OBTRACE_API_KEY": " "}, "OBTRACE_API_KEY is not set"),
         ({"OBTRACE_API_KEY_FILE": "key"}, "OBTRACE_API_KEY and OBTRACE_API_KEY_FILE are both set"),
-        ({"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "no/such"}, "OBTRACE_API_KEY_FILE no/such"),
+        (
+            {"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "no/such"},
+            "OBTRACE_API_KEY_FILE no/such cannot be read (No such file",
+        ),
         ({"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": str(HERE)}, "is not a regular file"),
         ({"OBTRACE_API_KEY": "${OBTRACE_API_KEY}"}, "OBTRACE_API_KEY contains ${OBTRACE_API_KEY}"),
         ({"OBTRACE_API_KEY": "${env:KEY}"}, "OBTRACE_API_KEY contains ${env:KEY}"),
         ({"OBTRACE_API_KEY": "${KEY:-a/b}"}, "OBTRACE_API_KEY contains ${KEY:-a/b}"),
         ({"OBTRACE_TLS_CLIENT_KEY_PASSWORD": "a${hunter2}b"}, "OBTRACE_TLS_CLIENT_KEY_PASSWORD contains a placeholder"),
-        ({"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": KEY}, "OBTRACE_API_KEY_FILE is not a regular file"),
+        ({"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": KEY}, "OBTRACE_API_KEY_FILE cannot be read"),
         ({"OBTRACE_PROJECT_ID": ".."}, "OBTRACE_PROJECT_ID is .."),
         ({"OBTRACE_URL": "http://obtrace.test[::1]:8080"}, "OBTRACE_URL"),
         ({"OBTRACE_URL": "http://[::1].obtrace.test"}, "OBTRACE_URL"),
         ({"OBTRACE_URL": "https://${env:HOST}/x"}, "OBTRACE_URL contains a placeholder"),
         ({"OBTRACE_TLS_CLIENT_KEY_PASSWORD": "${PASS}"}, "OBTRACE_TLS_CLIENT_KEY_PASSWORD contains ${PASS}"),
+        ({"OBTRACE_API_KEY": "abc"}, "OBTRACE_API_KEY holds fewer than 4 characters"),
         ({"OBTRACE_API_KEY": "a\tb"}, "OBTRACE_API_KEY contains a control"),
-        ({"OBTRACE_API_KEY": "a b"}, "OBTRACE_API_KEY contains a space"),
+        ({"OBTRACE_API_KEY": "obt a"}, "OBTRACE_API_KEY contains a space"),
         ({"OBTRACE_API_KEY": "schlüssel"}, "OBTRACE_API_KEY contains a space, a control or a non-ASCII"),
         ({"OBTRACE_TENANT_ID": "a\nX-Evil: 1"}, "OBTRACE_TENANT_ID contains a control"),
         ({"OBTRACE_PROJECT_ID": "a\x7f"}, "OBTRACE_PROJECT_ID contains a control"),
@@ -781,6 +785,9 @@ def test_a_wrong_start_is_one_sentence_and_status_2(tmp_path: Path) -> None:
         (("--enabled-tools", "logs", "--disable-logs"), FINE, "leave no tool"),
         (("--call", "serch_logs"), FINE, "did you mean search_logs"),
         (("--call", "search_logs", "text"), FINE, "NAME=VALUE"),
+        (("--list-tools", "--call", "list_teams"), FINE, "--call"),
+        ((), FINE | {"OBTRACE_API_KEY": "${OBTRACE_KEY}"}, "${OBTRACE_KEY}"),
+        ((), FINE | {"HTTPS_PROXY": "socks5://127.0.0.1:1"}, "HTTPS_PROXY is not an http:// proxy"),
         ((), FINE | {"OBTRACE_TLS_CA_CERT": str(tmp_path / "none.pem")}, "OBTRACE_TLS_CA_CERT"),
     ):
         ended = run(*arguments, **environ)
@@ -905,6 +912,8 @@ def test_sloppy_arguments_are_taken(tool: str, arguments: dict[str, Any], name: 
         ("search_logs", {"text": "x", "time_from": "2026-02-30"}, "it is not a time"),
         ("search_logs", {"text": "x", "time_from": "now-999999999w"}, "out of range"),
         ("search_logs", {"text": "x", "time_from": 1e300}, "it is not a time"),
+        ("search_traces", {"min_latency": "abc"}, 'min_latency is "abc"; it must be a duration such as 500ms'),
+        ("metric_stats", {"metric_name": "m", "step": "10"}, "it must be a duration"),
         ("search_logs", {"text": "x", "time_from": "2024"}, "it is not a time"),
         ("search_logs", {"text": "x", "time_from": "20240101"}, "it is not a time"),
         ("search_logs", {"text": "x", "time_from": "1M"}, "it is not a time"),
@@ -939,10 +948,10 @@ def test_a_wrong_argument_is_refused_by_name(tool: str, arguments: dict[str, Any
         ("2026-01-01T10:00:00+05:30", "2026-01-01T04:30:00Z"),
         ("2026-01-01T00:00:00-0800", "2026-01-01T08:00:00Z"),
         ("2026-01-01T10:00:00.123456789Z", "2026-01-01T10:00:00.123456789Z"),
-        ("2026-01-01T10:00:00.500Z", "2026-01-01T10:00:00.5Z"),
+        ("2026-01-01T10:00:00.500Z", "2026-01-01T10:00:00.500Z"),
         (1767225600, "2026-01-01T00:00:00Z"),
         ("1767225600", "2026-01-01T00:00:00Z"),
-        (1767225600.25, "2026-01-01T00:00:00.25Z"),
+        (1767225600.25, "2026-01-01T00:00:00.250Z"),
         (1767225600123, "2026-01-01T00:00:00.123Z"),
         (1767225600123456, "2026-01-01T00:00:00.123456Z"),
         (1767225600123456789, "2026-01-01T00:00:00.123456789Z"),
@@ -1025,6 +1034,7 @@ def test_an_id_that_is_none_is_refused(tool: str, name: str) -> None:
         "SELECT 1 FROM t WHERE y IN splitByChar(',', 'a,b') AND z IN CAST([1, 2], 'Array(UInt8)')",
         "SELECT CASE WHEN a THEN settings ELSE settings END = 'x', settings, b FROM t ORDER BY settings LIMIT 5",
         "SELECT a FROM t GROUP BY f(a), g(b) ORDER BY f(a), g(b) LIMIT 1 BY f(x), g(y) LIMIT 10",
+        "SELECT a IN (concat('a', 'b')), d IN (today(), subtractDays(today(), 1)) FROM t ORDER BY settings DESC, a",
         "SELECT f(a) FROM t UNION ALL SELECT f(a), g(b) FROM u",
         "SELECT x IN (toDate('2026-01-01'), 2), x IN (SELECT y FROM t) FROM t",
         "SELECT quantile(0.99)(Duration), arr[1], t.1, a ? b : c, x::String, {'k': 1}['k'] FROM otel_traces",
@@ -1079,6 +1089,16 @@ def test_a_reading_query_passes_as_it_came(query: str) -> None:
         ("SELECT a GLOBAL NOT IN ((1), (remote('h', t))) FROM t", 'after IN, "remote"'),
         ("SELECT substring(a IN remote('h', t), 1) FROM t", 'after IN, "remote"'),
         ("SELECT in(a, remote('h', t)) FROM t", 'after IN, "remote"'),
+        ("SELECT `in`(a, remote('h', t)) FROM t", 'function "in"'),
+        ("SELECT a APPLY in FROM t", 'function "in"'),
+        ("SELECT position('a', b IN url('x'))", 'after IN, "url"'),
+        ("SELECT position('a' IN 'b' IN url('x'))", 'after IN, "url"'),
+        ("SELECT * FROM group by, url('x')", 'table function "url"'),
+        ("SELECT * FROM db.order by, url('x')", 'table function "url"'),
+        ("SELECT * FROM a JOIN group by ON 1, url('x')", 'table function "url"'),
+        ("SELECT * FROM a JOIN b ON 1 BY x, url('x')", 'table function "url"'),
+        ("SELECT * FROM except distinct, url('x')", 'table function "url"'),
+        ("SELECT * FROM union select, url('x')", 'table function "url"'),
         ("SELECT notIn(a, url('x')), 1", 'function "notin"'),
         ("SELECT c // \"\nFROM url('x') -- \"", "cannot be read safely"),
         ("SELECT * FROM t SAMPLE 1/10 OFFSET 1/2, url('x')", 'table function "url"'),
@@ -1377,13 +1397,23 @@ def test_the_key_never_leaves_even_when_the_service_echoes_it(service: Service, 
         assert "[API key removed]" in ended.stdout + ended.stderr
         for form in forms:
             assert form not in ended.stdout + ended.stderr
-    service.replies = [reply(json.dumps({"echo": KEY}))]
-    with serving(**service.environ) as process:
-        assert json.loads(process.call("list_teams")[0]) == {"echo": "[API key removed]"}
+    service.replies = [reply(json.dumps({"echo": KEY, KEY: 1}))]
+    with serving(**service.environ, OBTRACE_MAX_RESULT_CHARS="2000") as process:
+        assert json.loads(process.call("list_teams")[0]) == {"echo": "[API key removed]", "[API key removed]": 1}
+        for before in range(1900, 2000, 7):
+            service.replies = [reply(json.dumps("x" * before + KEY + "y" * 5000))]
+            assert KEY[:5] not in process.call("list_teams")[0]
+        service.replies = [reply("".join(f"\\u{ord(letter):04x}" for letter in KEY).join('""'))]
+        assert process.call("list_teams") == ('"[API key removed]"', False)
         text, failed = process.call("list_teams", **{KEY: 1})
         assert failed
         assert KEY not in text
     assert KEY not in run("--enabled-tools", KEY, **FINE).stderr
+    service.replies = [reply("[12345678,123456789,1.5]")]
+    assert (
+        call(service, "list_teams", OBTRACE_API_KEY="12345678").stdout
+        == '["[API key removed]","[API key removed]",1.5]\n'
+    )
 
 
 def test_gets_share_a_connection_and_a_stale_one_costs_a_silent_reconnect(service: Service) -> None:
@@ -1497,6 +1527,7 @@ def test_what_all_rows_share_stands_once_beside_them() -> None:
     }
     assert json.loads(program.render({"logs": rows})) == {"logs": expected}
     assert "same_in_every_row" not in program.render([{"a": 1}, {"a": 1}])  # would be longer
+    assert "same_in_every_row" not in program.render([{"a": n} for n in range(50)])
     inner = [{"events": [{**PAD, "n": n}, {**PAD, "n": n + 1}]} for n in (1, 3)]  # shared within each list only
     apart = [{"events": {"same_in_every_row": PAD, "rows": [{"n": n}, {"n": n + 1}]}} for n in (1, 3)]
     assert json.loads(program.render(inner)) == apart
@@ -1514,7 +1545,7 @@ def test_a_result_over_the_budget_is_the_largest_prefix_of_rows(service: Service
     assert kept == {"logs": rows[:count], "total": 1000}
     assert len(program.render({"logs": rows[: count + 1], "total": 1000})) > 50_000 - 200
     assert note.startswith(
-        f"Showing {count} of 1,000 in logs; narrow the time range, add a filter or lower limit. Searched 20"
+        f"showing {count} of 1,000 in logs; narrow the time range, add a filter or lower limit. Searched 20"
     )
 
 
@@ -1522,13 +1553,16 @@ def test_a_result_over_the_budget_is_the_largest_prefix_of_rows(service: Service
     ("data", "said"),
     [
         ("x" * 100_000, "100,000 characters"),
-        ({"trace": {"stack": "\u202e" * 100_000}, "id": 7}, "Stack is cut, it has 100,000 characters"),
-        ([{"body": "x" * 100_000}, {"body": "y"}], "Showing 1 of 2"),
+        ({"trace": {"stack": "\u202e" * 100_000}, "id": 7}, "stack is cut, it has 100,000 characters"),
+        ([{"body": "x" * 100_000}, {"body": "y"}], "showing 1 of 2"),
         ({f"key-{n}": n for n in range(10_000)}, "of the 10,000 keys"),
         ([[n] * 10 for n in range(10_000)], "of 10,000"),
-        ({"a": ["x" * 99] * 900, "b": ["y" * 99] * 900}, "of 900 in a; "),
+        ({"a": ["x" * 99] * 900, "b": ["y" * 99] * 900}, "of 900 in a; showing"),
+        ([[[["x" * 100_000]]]], "100,000 characters"),
+        ({f"t{n}": "x" * 3000 for n in range(9)}, "3,000 characters, and 4 more; narrow"),
+        (int("9" * 4000), "4,000 characters"),
     ],
-    ids=["text", "inside", "row", "keys", "lists", "two"],
+    ids=["text", "inside", "row", "keys", "lists", "two", "nested", "many", "number"],
 )
 def test_what_is_too_large_alone_is_cut_inside(service: Service, data: Any, said: str) -> None:
     service.replies = [reply(json.dumps(data))]
@@ -1538,6 +1572,38 @@ def test_what_is_too_large_alone_is_cut_inside(service: Service, data: Any, said
     assert not failed
     assert 1000 < len(text) <= 2000
     assert said in note
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"k" * 5000: 1}, {"\u202e" * 1000: 1, "b": 2}, [{"k" * 5000: 1}], [{"k" * 5000: 1}] * 2],
+    ids=["key", "escapes", "row", "rows"],
+)
+def test_what_cannot_be_cut_keeps_to_the_budget_and_is_told(data: Any) -> None:
+    text, cuts = program.shape(data, 2000)
+    json.loads(text)
+    assert len(text) <= 2000
+    assert cuts
+
+
+def test_what_fits_once_it_is_compacted_is_not_cut() -> None:
+    data = {kind: [{"place": "eu-west-1" * 20, "n": n} for n in range(20)] for kind in ("logs", "spans")}
+    text, cuts = program.shape(data, 1000)
+    assert (rebuild(json.loads(text)), cuts) == (data, [])
+
+
+def test_an_answer_with_data_is_not_called_empty(service: Service) -> None:
+    with serving("--enable-write", **service.environ) as process:
+        for answer in (
+            '{"id":"d1","labels":[]}',
+            '{"summary":"well","anomalies":[]}',
+            '{"rows":[0]}',
+            '{"id":null,"ok":true,"rows":[]}',
+        ):
+            service.replies = [reply(answer)]
+            assert process.call_with_note("get_incident", incident_id="i")[1] == ""
+        service.replies = [reply('{"panels":[]}')]
+        assert process.call_with_note("create_dashboard", name="n", description="d")[1] == ""
 
 
 def test_an_empty_result_says_what_was_searched_and_what_to_try(service: Service) -> None:
@@ -1552,6 +1618,9 @@ def test_an_empty_result_says_what_was_searched_and_what_to_try(service: Service
             "e.g. time_from=now-24h, or the call without service, or list_log_services for what there is."
         )
         assert process.call_with_note("list_teams")[1] == "Nothing was found. Try list_projects for what there is."
+        assert process.call_with_note("list_incidents", service="s")[1] == (
+            "Nothing was found. Try the call without service, or list_apps for what there is."
+        )
         service.replies = [reply('{"logs":[1]}')]
         exactly = {"time_from": "2026-01-01T00:00:00Z", "time_to": "2026-01-02T00:00:00Z"}
         assert process.call_with_note("search_logs", text="x", **exactly)[1] == ""
@@ -1864,6 +1933,26 @@ def test_a_cancelled_call_closes_its_connection_and_is_not_answered(service: Ser
         assert number not in process.answers
 
 
+def test_a_cancelled_call_closes_a_connection_that_the_service_would_not_keep(service: Service) -> None:
+    begun, closed = threading.Event(), threading.Event()
+
+    def drip(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.close_connection = True
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n[")
+        begun.set()
+        handler.connection.settimeout(PATIENCE)
+        if handler.connection.recv(1) == b"":
+            closed.set()
+
+    service.replies = [drip]
+    with serving(**service.environ) as process:
+        number = process.start("list_teams")
+        assert begun.wait(PATIENCE)
+        time.sleep(0.3)  # until the answer's head was read
+        process.tell("notifications/cancelled", requestId=number)
+        assert closed.wait(10)
+
+
 def test_answers_still_go_out_after_the_end_of_input(service: Service) -> None:
     service.replies = [raw(b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n", b'{"late":1}', pause=0.3)]
     with serving(**service.environ) as process:
@@ -1907,7 +1996,7 @@ def test_a_line_that_is_no_json_rpc_is_answered() -> None:
             (b'"\\ud800"', -32700),
             (b"\xff", -32700),
             (b"[]", -32600),
-            (b'{"id":1}', -32600),
+            (b'{"id":"Invalid JSON"}', -32600),
         ):
             process.line(line)
             answer = process.next()
@@ -2030,6 +2119,20 @@ def test_what_answers_without_a_client_does_not_load_the_sdk(arguments: list[str
     ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=clean_environ(), capture_output=True, encoding="utf-8", timeout=PATIENCE)  # fmt: skip
     assert ended.stdout
     assert ended.stderr == "[]\n"
+
+
+def test_the_sample_keeps_the_operator_s_limits() -> None:
+    ended = run("--demo", "--call", "search_logs", "text=timeout", OBTRACE_MAX_RESULT_CHARS="1500")
+    assert len(ended.stdout) <= 1501
+    assert "showing" in ended.stderr
+    assert run("--demo", "--call", "list_teams", OBTRACE_TIMEOUT="never").returncode == 2
+
+
+def test_without_certifi_the_system_s_store_has_to_do(ca: trustme.CA, tmp_path: Path) -> None:
+    (tmp_path / "certifi.py").write_text("raise ImportError")
+    with closing(Service(tls_server(ca.issue_cert("localhost")))) as service:
+        system = {"SSL_CERT_FILE": pem(tmp_path, "ca.pem", ca.cert_pem), "PYTHONPATH": str(tmp_path)}
+        assert tls_call(service, "", **system).stdout == '{"ok":true}\n'
 
 
 def test_version_and_help() -> None:
