@@ -2559,6 +2559,7 @@ def run(options: argparse.Namespace) -> int:
     server = build_server(toolbox)
     gc.freeze()
     gc.enable()
+    gc.set_threshold(50_000, 20, 20)  # an answer is many objects without a cycle; looking for one halves its speed
     if sys.stdin.isatty():
         print(
             f"mcp-obtrace {__version__} serves {len(tools)} tools of {config.url} and waits for an MCP client on standard input; Ctrl-C ends it",
