@@ -1499,7 +1499,7 @@ PAD = {"pad": "x" * 40}  # long enough to be worth sharing
 
 
 @hypothesis.given(JSON)
-@hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.settings(max_examples=500, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 @hypothesis.example([{**PAD, "a": 1}, {**PAD, "a": 1.0}])
 @hypothesis.example([{**PAD, "a": 1}, {**PAD, "a": True}])
 @hypothesis.example([{**PAD, "a": [1]}, {**PAD, "a": [1.0]}])
@@ -1517,7 +1517,7 @@ def test_compaction_is_lossless(value: Any) -> None:
 
 
 @hypothesis.given(JSON, st.integers(100, 400))
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 def test_a_budget_holds_for_any_json_and_what_fits_is_whole(value: Any, budget: int) -> None:
     text, cuts = program.shape(value, budget)
     assert len(text) <= budget
