@@ -24,6 +24,8 @@ environment variables:
   OBTRACE_TLS_INSECURE             true: verify nothing, allow http://
   OBTRACE_TIMEOUT                  seconds for a whole call (default 30)
   OBTRACE_MAX_RESULT_CHARS         size of a result (default 50000)
+  OBTRACE_MCP_TOKEN                what callers over HTTP have to show
+  OBTRACE_MCP_TOKEN_FILE           file with it, read for each request
   HTTPS_PROXY, NO_PROXY            proxy, and hosts to reach without it
 """
 
@@ -31,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import http.client
@@ -52,14 +55,18 @@ import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import asyncio
+
     from mcp.server.lowlevel import Server
+    from starlette.datastructures import Headers
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 __version__ = "1.0.0"
 
@@ -69,6 +76,7 @@ DEFAULT_TIMEOUT = 30.0  # seconds
 MAX_TIMEOUT = 3600.0  # seconds
 DEFAULT_RESULT = 50_000  # characters; large clients cut a result at about 25,000 tokens
 MIN_RESULT = 1_000  # characters
+CALLER_HEADERS = ("X-Obtrace-API-Key", "X-Obtrace-Tenant-ID", "X-Obtrace-Project-ID")  # of a request over HTTP
 
 
 class ConfigError(Exception):
@@ -80,12 +88,51 @@ class ObtraceError(Exception):
 
 
 @dataclass(frozen=True)
+class Secret:
+    """What a variable holds, or a file that another variable names. It stays out of the repr."""
+
+    name: str
+    value: str = field(default="", repr=False)
+    file: str = field(default="", repr=False)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], name: str) -> Secret:
+        """The secret of that name, not read yet."""
+        return cls(name, _variable(environ, name), _variable(environ, f"{name}_FILE"))
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it was given at all."""
+        return bool(self.value or self.file)
+
+    def read(self) -> str:
+        """The secret as it is now; a file is read anew, so that a rotated one needs no restart."""
+        if self.value and self.file:
+            raise ConfigError(f"{self.name} and {self.name}_FILE are both set; set only one of them")
+        return _secret_value(self.name, self.value) if self.value else self._read_file()
+
+    def _read_file(self) -> str:
+        if not self.file:
+            raise ConfigError(f"{self.name} is not set; set it, or name a file that holds it in {self.name}_FILE")
+        # a secret that was put into the wrong variable must not be printed as a path
+        name = f"{self.name}_FILE" + ("" if self.file.startswith("obt_") else f" {self.file}")
+        if os.path.exists(self.file) and not os.path.isfile(self.file):  # a pipe would block, and could be read once
+            raise ConfigError(f"{name} is not a regular file; name a readable file that holds {self.name}")
+        try:
+            with open(self.file, encoding="utf-8") as file:
+                return _secret_value(f"{self.name}_FILE", file.read(10_000).strip())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{name} cannot be read ({_reason(error)}); name a readable file that holds {self.name}"
+            ) from None
+
+
+@dataclass(frozen=True)
 class Config:
     """What the environment says. Secrets stay out of its repr."""
 
     url: str
-    api_key: str = field(default="", repr=False)
-    api_key_file: str = ""
+    api_key: Secret
     tenant_id: str = ""
     project_id: str = ""
     tls_ca_cert: str = ""
@@ -97,14 +144,13 @@ class Config:
     max_result: int = DEFAULT_RESULT
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Config:
+    def from_env(cls, environ: Mapping[str, str], wants_key: bool = True) -> Config:
         """Read the OBTRACE_* variables; raises ConfigError on the first that is wrong."""
         get = functools.partial(_variable, environ)
         insecure = _boolean("OBTRACE_TLS_INSECURE", get("OBTRACE_TLS_INSECURE"))
         config = cls(
             url=_base_url(get("OBTRACE_URL"), insecure),
-            api_key=get("OBTRACE_API_KEY"),
-            api_key_file=get("OBTRACE_API_KEY_FILE"),
+            api_key=Secret.from_env(environ, "OBTRACE_API_KEY"),
             tenant_id=_header_value("OBTRACE_TENANT_ID", get("OBTRACE_TENANT_ID")),
             project_id=_header_value("OBTRACE_PROJECT_ID", get("OBTRACE_PROJECT_ID")),
             tls_ca_cert=get("OBTRACE_TLS_CA_CERT"),
@@ -115,33 +161,25 @@ class Config:
             timeout=_seconds("OBTRACE_TIMEOUT", get("OBTRACE_TIMEOUT")),
             max_result=_characters("OBTRACE_MAX_RESULT_CHARS", get("OBTRACE_MAX_RESULT_CHARS")),
         )
-        config.read_api_key()
+        if wants_key or config.api_key.is_set:
+            config.api_key.read()
         return config
 
-    def read_api_key(self) -> str:
-        """The key to send now; a key file is read anew, so that a rotated key needs no restart."""
-        if self.api_key and self.api_key_file:
-            raise ConfigError("OBTRACE_API_KEY and OBTRACE_API_KEY_FILE are both set; set only one of them")
-        if self.api_key:
-            return _key_value("OBTRACE_API_KEY", self.api_key)
-        if not self.api_key_file:
-            raise ConfigError(
-                "OBTRACE_API_KEY is not set; set it to an Obtrace API key, or name a file that holds one in OBTRACE_API_KEY_FILE"
-            )
-        # a key that was put into the wrong variable must not be printed as a path
-        name = "OBTRACE_API_KEY_FILE" + ("" if self.api_key_file.startswith("obt_") else f" {self.api_key_file}")
-        if os.path.exists(self.api_key_file) and not os.path.isfile(
-            self.api_key_file
-        ):  # a pipe would block, and could be read only once
-            raise ConfigError(f"{name} is not a regular file; name a readable file that holds the API key")
-        try:
-            with open(self.api_key_file, encoding="utf-8") as file:
-                key = file.read(10_000).strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"{name} cannot be read ({_reason(error)}); name a readable file that holds the API key"
-            ) from None
-        return _key_value(name, key)
+    def for_caller(self, headers: Sequence[tuple[str, str]]) -> Config:
+        """The same service under the key, tenant and project of a caller's own headers, if there is a key in them."""
+        api_key, tenant_id, project_id = (_caller_header(headers, name) for name in CALLER_HEADERS)
+        if api_key is None:
+            return self
+        secret = Secret(CALLER_HEADERS[0], _secret_value(CALLER_HEADERS[0], api_key))
+        return replace(self, api_key=secret, tenant_id=tenant_id or "", project_id=project_id or "")
+
+
+def _caller_header(headers: Sequence[tuple[str, str]], name: str) -> str | None:
+    """The header's value, None without one; raises ConfigError when it is not usable."""
+    values = [value for other, value in headers if other.lower() == name.lower()]
+    if len(values) > 1:
+        raise ConfigError(f"{name} is given more than once; give it once")
+    return _header_value(name, _variable({name: values[0]}, name)) if values else None
 
 
 def _variable(environ: Mapping[str, str], name: str) -> str:
@@ -167,9 +205,9 @@ def _header_value(name: str, value: str) -> str:
     return value
 
 
-def _key_value(name: str, value: str) -> str:
+def _secret_value(name: str, value: str) -> str:
     if len(value) < 4:  # nor could it be told from ordinary text, to keep it out of what is shown
-        raise ConfigError(f"{name} holds fewer than 4 characters, so it is no API key; use the key that Obtrace issued")
+        raise ConfigError(f"{name} holds fewer than 4 characters, too few for a secret; use the whole of it")
     return _header_value(name, value)
 
 
@@ -1158,6 +1196,7 @@ def _check_functions(tokens: Sequence[Token]) -> None:
 # ---------------------------------------------------------------- the API client
 
 MAX_BODY = 16 * 1024 * 1024  # bytes of an answer, as sent and as decompressed
+CALLS_AT_ONCE = 32  # fewer than anyio's 40 threads, two of which carry stdin and stdout
 MAX_IDLE = 30.0  # seconds that a connection is kept; balancers commonly drop one after 60
 RETRY_STATUSES = {429, 502, 503, 504}
 RETRY_DELAYS = (0.25, 0.5, 1.0)  # seconds before the second, third and last attempt of a GET
@@ -1303,17 +1342,32 @@ class HTTPRequest(urllib.request.Request):
     call: Call
     connection: http.client.HTTPConnection
 
+    @property
+    def owner(self) -> str:
+        """Whose connection it may travel on: that of the same key."""
+        return self.headers["Authorization"]
+
+
+@dataclass(frozen=True, eq=False)
+class Idle:
+    """A connection that was kept."""
+
+    since: float
+    owner: str = field(repr=False)
+    connection: http.client.HTTPConnection
+
 
 class Transport(urllib.request.BaseHandler):
     """http and https for urllib's opener, over connections that are kept for the next GET."""
 
     def __init__(self, context: Callable[[], ssl.SSLContext]) -> None:
         self._context = context
-        self._idle: list[tuple[float, http.client.HTTPConnection]] = []  # all to one host, through one proxy
+        self._idle: list[Idle] = []  # all to one host, through one proxy; the latest last
+        self._lock = threading.Lock()
 
     def http_open(self, request: HTTPRequest) -> http.client.HTTPResponse:
         """Send the request. Only a GET travels on a used connection: nothing else may be sent twice."""
-        connection = self._take() if request.get_method() == "GET" else None
+        connection = self._take(request.owner) if request.get_method() == "GET" else None
         if connection is not None:
             try:
                 return self._exchange(connection, request)
@@ -1323,35 +1377,44 @@ class Transport(urllib.request.BaseHandler):
 
     https_open = http_open
 
-    def _take(self) -> http.client.HTTPConnection | None:
-        """A connection that was kept, unless it is old, or readable though nothing was asked."""
+    def _take(self, owner: str) -> http.client.HTTPConnection | None:
+        """A connection that the owner's last answer left, unless it is old, or readable though nothing was asked."""
         while True:
-            try:
-                since, connection = self._idle.pop()
-            except IndexError:
-                return None
-            sock = connection.sock
+            with self._lock:
+                mine = next((idle for idle in reversed(self._idle) if idle.owner == owner), None)
+                if mine is None:
+                    return None
+                self._idle.remove(mine)
+            sock = mine.connection.sock
             sock.settimeout(0)
             try:
                 unasked = isinstance(sock, ssl.SSLSocket) and sock.pending()
-                if not unasked and time.monotonic() - since < MAX_IDLE:
+                if not unasked and time.monotonic() - mine.since < MAX_IDLE:
                     socket.socket.recv(sock, 1, socket.MSG_PEEK)
             except BlockingIOError:
-                return connection
+                return mine.connection
             except OSError:
                 pass
-            connection.close()
+            mine.connection.close()
 
-    def keep(self, connection: http.client.HTTPConnection) -> None:
-        """Take back a connection whose answer was read to its end."""
-        if connection.sock is not None:
-            self._idle.append((time.monotonic(), connection))
+    def keep(self, connection: http.client.HTTPConnection, owner: str) -> None:
+        """Take back a connection whose answer was read to its end, for its owner alone."""
+        if connection.sock is None:
+            return
+        now = time.monotonic()
+        with self._lock:
+            self._idle.append(Idle(now, owner, connection))
+            keep = [idle for idle in self._idle if now - idle.since < MAX_IDLE][-CALLS_AT_ONCE:]
+            gone, self._idle = set(self._idle) - set(keep), keep
+        for idle in gone:
+            idle.connection.close()
 
     def forget(self) -> None:
         """Close what was kept: after one connection went dead, its neighbours are no better."""
-        idle, self._idle = self._idle, []
-        for _, connection in idle:
-            connection.close()
+        with self._lock:
+            gone, self._idle = self._idle, []
+        for idle in gone:
+            idle.connection.close()
 
     def _connect(self, request: HTTPRequest) -> http.client.HTTPConnection:
         timeout = request.call.remaining()
@@ -1403,13 +1466,29 @@ class Client:
     def __init__(self, config: Config, enable_write: bool = False) -> None:
         self.config = config
         self.enable_write = enable_write
-        self._keys = {config.read_api_key()}  # all that were read, so that none is ever shown
+        self._keys: set[str] = set()  # all that were read, so that none is ever shown
+        if config.api_key.is_set:
+            self._keys.add(config.api_key.read())
         self._transport = Transport(lambda: self.context)
         self._opener = urllib.request.OpenerDirector()  # bare: it knows no redirects, files or FTP
         self._opener.add_handler(urllib.request.ProxyHandler(_proxies(config.url)))
         self._opener.add_handler(self._transport)
         if config.tls_ca_cert or config.tls_client_cert or config.tls_client_key:
             _ = self.context  # a wrong file is a start-up error; the system's store can wait for the first call
+
+    def for_caller(self, headers: Sequence[tuple[str, str]]) -> Client:
+        """The client under a caller's own key, if the headers hold one; raises ObtraceError when there is no key at all."""
+        try:
+            config = self.config.for_caller(headers)
+        except ConfigError as error:
+            raise ObtraceError(str(error)) from None
+        if not config.api_key.is_set:
+            raise ObtraceError(f"this server has no API key of its own; send yours in the header {CALLER_HEADERS[0]}")
+        if config is self.config:
+            return self
+        client = copy.copy(self)  # what it has in common is the transport, which keeps the connections of keys apart
+        client.config, client._keys = config, self._keys | {config.api_key.read()}
+        return client
 
     @functools.cached_property
     def context(self) -> ssl.SSLContext:
@@ -1465,7 +1544,7 @@ class Client:
 
     def _attempt(self, request: Request, call: Call) -> Answer:
         try:
-            api_key = self.config.read_api_key()
+            api_key = self.config.api_key.read()
         except ConfigError as error:
             raise ObtraceError(f"the API key is not to be had: {error}") from None
         self._keys.add(api_key)
@@ -1495,7 +1574,7 @@ class Client:
             connection.close()
             raise
         if request.method == "GET" and response.isclosed():
-            self._transport.keep(connection)
+            self._transport.keep(connection, http_request.owner)
         else:
             connection.close()
         return Answer(response.status, response.reason, response.headers, body)
@@ -1634,7 +1713,7 @@ MAX_MESSAGE = 1000  # characters of the service's own words in an error
 
 ADVICE = {
     400: "check the arguments",
-    401: "the API key was not accepted; the operator must check OBTRACE_API_KEY",
+    401: "the API key in {key} was not accepted; its owner must check it",
     403: "the API key may not do this; check project_id, the tenant and the key's permissions",
     404: "nothing has this id or path; list the items to find the right id, or the operator checks OBTRACE_URL",
     407: "the proxy wants credentials; the operator must set them in HTTPS_PROXY",
@@ -1648,7 +1727,7 @@ class Told(str):
     """A sentence of ours in place of data."""
 
 
-def read_answer(request: Request, answer: Answer, scrub: Callable[[str], str]) -> Any:
+def read_answer(request: Request, answer: Answer, scrub: Callable[[str], str], key: str = "OBTRACE_API_KEY") -> Any:
     """The answer's JSON as data, or a Told where it has none; raises ObtraceError when it is an error."""
     asked = f"{request.method} {request.path}"
     status = visible(scrub(f"{answer.status} {answer.reason}".strip())[:100])
@@ -1661,6 +1740,7 @@ def read_answer(request: Request, answer: Answer, scrub: Callable[[str], str]) -
         advice = ADVICE.get(
             answer.status, "the service failed; try again later" if answer.status >= 500 else "check the arguments"
         )
+        advice = advice.format(key=key)
         wait = _retry_after(answer)
         if wait is not None:
             advice += f" (retry after {wait:.0f} s)"
@@ -1877,8 +1957,13 @@ OVERVIEWS = {
 
 # ---------------------------------------------------------------- the MCP server
 
-CALLS_AT_ONCE = 32
 PROGRESS_EVERY = 3.0  # seconds
+LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+HEALTH = "/healthz"
+MAX_REQUEST = 1024 * 1024  # bytes of a request's body
+MAX_ARRIVAL = 10.0  # seconds until a request is there as a whole
+MAX_SESSIONS = 1000
+MAX_SESSION_IDLE = 1800.0  # seconds without a request or an open stream
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DRAIN = 2.0  # seconds after the end of input in which answers still go out; clients send SIGTERM after about as many
 
@@ -1899,27 +1984,30 @@ class Toolbox:
         self.client = client
         self.tools = tools
 
-    def run(self, name: str, arguments: Mapping[str, Any], call: Call) -> Outcome:
-        """Make the call. Never raises."""
-        scrub = self.client.scrub
+    def run(
+        self, name: str, arguments: Mapping[str, Any], call: Call, headers: Sequence[tuple[str, str]] = ()
+    ) -> Outcome:
+        """Make the call, under the caller's own key if the headers of his request hold one. Never raises."""
+        client = self.client
         try:
             tool = self._allowed(name)
+            client = client.for_caller(headers)
             now = time.time_ns() // 10**6 * 10**6  # milliseconds are plenty
-            request = build_request(tool, arguments, self.client.config.project_id, now)
-            answer = self.client.send(request, call)
-            data = read_answer(request, answer, scrub)
+            request = build_request(tool, arguments, client.config.project_id, now)
+            answer = client.send(request, call)
+            data = read_answer(request, answer, client.scrub, client.config.api_key.name)
             if isinstance(data, Told):
-                return Outcome(scrub(data))
-            data = self.client.scrub_data(answer, data)
-            text, cuts = shape(data, self.client.config.max_result)
-            return Outcome(text, scrub(visible(note_on(request, data, cuts, self.tools))))
+                return Outcome(client.scrub(data))
+            data = client.scrub_data(answer, data)
+            text, cuts = shape(data, client.config.max_result)
+            return Outcome(text, client.scrub(visible(note_on(request, data, cuts, self.tools))))
         except ObtraceError as error:
             text = visible(str(error))
         except RecursionError:
             text = f"{name} was answered with JSON that is nested too deeply to be shown"
         except Exception as error:  # a bug: say so without its text, which may hold anything
             text = f"{name} failed inside mcp-obtrace with {type(error).__name__}; please report it"
-        return Outcome(scrub(text), failed=True)
+        return Outcome(client.scrub(text), failed=True)
 
     def timed_out(self, name: str) -> Outcome:
         """What to say when the deadline came first."""
@@ -1975,9 +2063,7 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
         ) from None
 
     listing = types.ListToolsResult.model_validate({"tools": [tool.listing() for tool in toolbox.tools.values()]})
-    turns = anyio.Semaphore(
-        CALLS_AT_ONCE, fast_acquire=True
-    )  # fewer than anyio's 40 threads, two of which carry stdin and stdout
+    turns = anyio.Semaphore(CALLS_AT_ONCE, fast_acquire=True)
 
     async def list_tools(context: Any, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
         return listing
@@ -2005,10 +2091,11 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
             )
         async with reporting(context), turns:
             call = Call(toolbox.client.config.timeout)
+            headers = context.request.headers.items() if context.request else ()  # none over stdio
             try:
                 with anyio.fail_after(toolbox.client.config.timeout):
                     outcome = await anyio.to_thread.run_sync(
-                        toolbox.run, params.name, params.arguments or {}, call, abandon_on_cancel=True
+                        toolbox.run, params.name, params.arguments or {}, call, headers, abandon_on_cancel=True
                     )
             except TimeoutError:
                 outcome = toolbox.timed_out(params.name)
@@ -2162,6 +2249,212 @@ def _no_jsonrpc(error: Exception) -> Any:
             code=types.INVALID_REQUEST, message="Invalid request: the line is not a JSON-RPC message"
         ),
     )
+
+
+class Door:
+    """What every HTTP request passes before a route sees it."""
+
+    def __init__(self, allowed_hosts: str, token: Secret) -> None:
+        self.hosts = {*LOOPBACK_HOSTS, *parse_hosts(allowed_hosts)}
+        self.token = token
+        self.routes: Mapping[str, ASGIApp] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer as ASGI wants it: with the route, or with what speaks against it."""
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        headers = Headers(scope=scope)
+        status, said = self.refuse(scope["path"], headers) or (404, "there is nothing here")
+        app = self.routes.get(scope["path"]) if status == 404 else None
+        challenge = {"WWW-Authenticate": 'Bearer realm="mcp-obtrace"'} if status == 401 else None
+        await (app or PlainTextResponse(f"{said}\n", status, challenge))(scope, receive, send)
+
+    def refuse(self, path: str, headers: Headers) -> tuple[int, str] | None:
+        """The status and the sentence that a request is refused with; None when nothing speaks against it."""
+        if not all(self._is_ours(origin, r"https?://") for origin in headers.getlist("origin")):
+            return 403, "the Origin header names no host that this server goes by (--allowed-hosts)"
+        if path == HEALTH:  # probes come by address and without a token
+            return None
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+            return 421, "the Host header names no host that this server goes by (--allowed-hosts)"
+        if not self.token.is_set:
+            return None
+        try:
+            token = self.token.read()
+        except ConfigError:
+            return 503, "this server cannot read its own token; its operator must check OBTRACE_MCP_TOKEN_FILE"
+        if not _is_bearer(headers.getlist("authorization"), token):
+            return 401, "this server wants its token (OBTRACE_MCP_TOKEN) as Authorization: Bearer TOKEN"
+        if token in headers.getlist(CALLER_HEADERS[0]):
+            return 400, f"{CALLER_HEADERS[0]} holds the token of this server; it takes an API key of Obtrace"
+        return None
+
+    def _is_ours(self, value: str, scheme: str = "") -> bool:
+        """Whether a Host or an Origin names this server, with any port unless one was configured."""
+        match = re.fullmatch(rf"{scheme}((\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?)", value.lower(), re.ASCII)
+        return match is not None and not self.hosts.isdisjoint(match.group(1, 2))
+
+
+def _is_bearer(credentials: Sequence[str], token: str) -> bool:
+    """Whether the one Authorization header holds the token, found out in constant time."""
+    import hmac
+
+    scheme, _, given = credentials[0].partition(" ") if len(credentials) == 1 else ("", "", "")
+    return hmac.compare_digest(given.strip().encode(), token.encode()) and scheme.lower() == "bearer"
+
+
+def parse_addr(value: str) -> tuple[str, int]:
+    """Host and port of --addr; without a host it is loopback."""
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]*)):(\d{1,5})", value, re.ASCII)
+    if not match or int(match[3]) > 65535:
+        raise ConfigError(f"--addr is {_quote(value)}; use HOST:PORT, :PORT or [IPv6]:PORT")
+    return match[1] or match[2] or "127.0.0.1", int(match[3])
+
+
+def parse_hosts(value: str) -> list[str]:
+    """The names of --allowed-hosts as a Host header writes them."""
+    hosts = [host.strip().lower() for host in value.split(",") if host.strip()]
+    for index, host in enumerate(hosts):
+        with contextlib.suppress(ValueError):
+            hosts[index] = f"[{ipaddress.IPv6Address(host)}]"
+        if not re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", hosts[index], re.ASCII):
+            raise ConfigError(
+                f"--allowed-hosts has {_quote(host)}; use host names or addresses, each with or without a port"
+            )
+    return hosts
+
+
+def caller_token(config: Config) -> Secret:
+    """What a caller has to show over HTTP, if anything; raises ConfigError when it is not usable."""
+    token = Secret.from_env(os.environ, "OBTRACE_MCP_TOKEN")
+    if token.is_set and config.api_key.is_set and token.read() == config.api_key.read():
+        raise ConfigError(
+            "OBTRACE_MCP_TOKEN is the API key, which callers must not know; use a token made for this server alone"
+        )
+    if token.is_set:
+        token.read()
+    return token
+
+
+def listen(addr: str, token: Secret) -> list[socket.socket]:
+    """Sockets that listen on the address; raises ConfigError when it cannot be had, or is open to others without a token."""
+    host, port = parse_addr(addr)
+    sockets: list[socket.socket] = []
+    try:
+        for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+            there = ipaddress.ip_address(str(address[0]).partition("%")[0])
+            if there.is_unspecified and host not in ("0.0.0.0", "::"):  # noqa: S104
+                raise ConfigError(f"--addr {addr} means all interfaces; write 0.0.0.0 or [::] for that")
+            if not there.is_loopback and not token.is_set:
+                raise ConfigError(
+                    f"--addr {addr} lets other machines in, and OBTRACE_MCP_TOKEN is not set; set it, or use 127.0.0.1"
+                )
+            port = sockets[0].getsockname()[1] if sockets else port  # one port, should 0 let the system choose
+            dual = there.is_unspecified and family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+            sockets.append(socket.create_server((address[0], port), family=family, backlog=2048, dualstack_ipv6=dual))
+    except OSError as error:
+        raise ConfigError(
+            f"--addr {addr} cannot be listened on ({_reason(error).partition(' (')[0]}); use an address of this machine and a free port"
+        ) from None
+    return sockets
+
+
+def run_http(server: Server[Any], transport: str, door: Door, sockets: list[socket.socket]) -> NoReturn:
+    """Serve many clients over HTTP until a signal comes."""
+    import logging
+
+    import anyio
+    import uvicorn
+    from starlette.responses import PlainTextResponse
+
+    logging.disable()  # what the libraries would log holds what strangers sent
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
+        import resource  # each session may keep a connection open, and 1,024 files are a common limit
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for number in SIGNALS:  # uvicorn raises them again when it has shut down
+        signal.signal(number, lambda *_: leave(0))
+
+    async def serve() -> None:
+        async with (sse_routes if transport == "sse" else streamable_routes)(server) as routes:
+            door.routes = {**routes, HEALTH: PlainTextResponse("ok\n")}
+            config = uvicorn.Config(
+                door, http=patient_protocol(), ws="none", loop="asyncio", lifespan="off", log_config=None, access_log=False,
+                proxy_headers=False, server_header=False, timeout_graceful_shutdown=1,
+            )  # fmt: skip
+            await uvicorn.Server(config).serve(sockets)
+        leave(1)
+
+    anyio.run(serve)
+    raise AssertionError("it leaves by itself")
+
+
+@contextlib.asynccontextmanager
+async def streamable_routes(server: Server[Any]) -> AsyncIterator[dict[str, ASGIApp]]:
+    """`/mcp`, for both eras of the protocol, with sessions in the older one."""
+    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+
+    manager = StreamableHTTPSessionManager(
+        server, max_request_body_size=MAX_REQUEST, max_sessions=MAX_SESSIONS, session_idle_timeout=MAX_SESSION_IDLE
+    )
+    async with manager.run():
+        yield {"/mcp": manager.handle_request}
+
+
+@contextlib.asynccontextmanager
+async def sse_routes(server: Server[Any]) -> AsyncIterator[dict[str, ASGIApp]]:
+    """`/sse` and the route that its clients post to."""
+    from mcp.server.sse import SseServerTransport
+    from mcp.server.transport_security import RequestBodyLimitMiddleware
+    from starlette.responses import PlainTextResponse
+
+    transport = SseServerTransport("/messages", max_request_body_size=MAX_REQUEST)
+    streams = 0
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal streams
+        if scope["method"] != "GET":
+            return await PlainTextResponse("use GET\n", 405, {"Allow": "GET"})(scope, receive, send)
+        if streams >= MAX_SESSIONS:
+            return await PlainTextResponse("there are too many sessions\n", 503)(scope, receive, send)
+        streams += 1
+        try:
+            async with transport.connect_sse(scope, receive, send) as (incoming, outgoing):
+                await server.run(incoming, outgoing, server.create_initialization_options())
+        finally:
+            streams -= 1
+
+    yield {"/sse": RequestBodyLimitMiddleware(stream, MAX_REQUEST), "/messages": transport.handle_post_message}
+
+
+def patient_protocol() -> type[asyncio.Protocol]:
+    """The protocol of uvicorn, but with an end to its patience for the rest of a request."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        patience: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch()
+
+        def watch(self) -> None:
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is there
+                if self.patience:
+                    self.patience.cancel()
+                self.patience = None
+            elif self.patience is None:
+                self.patience = self.loop.call_later(MAX_ARRIVAL, self.transport.abort)
+
+    return Protocol
 
 
 # ---------------------------------------------------------------- the sample service
@@ -2523,8 +2816,9 @@ def _parser() -> Parser:
     add("--version", action="version", version=f"mcp-obtrace {__version__}")
     add("--enabled-tools", metavar="LIST", help=f"serve only these categories or tools, comma-separated; categories: {', '.join(TOOLS)}")
     add("--enable-write", action="store_true", help="also serve the tools that create, change or delete")
-    add("--transport", choices=("stdio", "sse", "streamable-http"), default="stdio", help="how clients connect; so far stdio only")
-    add("--addr", metavar="HOST:PORT", default="127.0.0.1:8000", help="address for the HTTP transports; stdio has none")
+    add("--transport", choices=("stdio", "sse", "streamable-http"), default="stdio", help="how clients connect: standard input and output, or HTTP, with the deprecated sse at /sse or streamable-http at /mcp")
+    add("--addr", metavar="HOST:PORT", default="127.0.0.1:8000", help="where to listen for HTTP (default %(default)s); :PORT is loopback too")
+    add("--allowed-hosts", metavar="LIST", default="", help="names beside localhost that clients reach it by over HTTP, comma-separated")
     add("--demo", action="store_true", help="use a built-in sample service; needs no variable set")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--list-tools", action="store_true", help="print the tools that would be served, and exit")
@@ -2542,9 +2836,8 @@ def run(options: argparse.Namespace) -> int:
     if options.list_tools:
         print(tool_table(tools))
         return 0
-    if options.transport != "stdio":
-        raise ConfigError(f"--transport {options.transport} is not there yet; use stdio")
-    config = start_demo() if options.demo else Config.from_env(os.environ)
+    over_http = options.transport != "stdio" and not options.call
+    config = start_demo() if options.demo else Config.from_env(os.environ, wants_key=not over_http)
     if config.tls_insecure:
         print(
             "mcp-obtrace: OBTRACE_TLS_INSECURE is true: anyone on the way can read the API key and the data",
@@ -2553,6 +2846,8 @@ def run(options: argparse.Namespace) -> int:
     toolbox = Toolbox(Client(config, options.enable_write), tools)
     if options.call:
         return call_once(toolbox, *options.call)
+    door = Door(options.allowed_hosts, caller_token(config)) if over_http else None
+    sockets = listen(options.addr, door.token) if door else []
     for number in SIGNALS:  # until the event loop takes them over
         signal.signal(number, lambda number, _: leave(128 + number))
     gc.disable()  # what the SDK's imports make stays; to look through it again and again is 5 to 10 per cent of the start
@@ -2560,12 +2855,32 @@ def run(options: argparse.Namespace) -> int:
     gc.freeze()
     gc.enable()
     gc.set_threshold(50_000, 20, 20)  # an answer is many objects without a cycle; looking for one halves its speed
+    if door:
+        announce(options.transport, sockets[0], toolbox)
+        run_http(server, options.transport, door, sockets)
     if sys.stdin.isatty():
         print(
             f"mcp-obtrace {__version__} serves {len(tools)} tools of {config.url} and waits for an MCP client on standard input; Ctrl-C ends it",
             file=sys.stderr,
         )
     run_stdio(server)
+
+
+def announce(transport: str, listening: socket.socket, toolbox: Toolbox) -> None:
+    """Say on standard error what is served, and where."""
+    host, port = listening.getsockname()[:2]
+    config = toolbox.client.config
+    path = {"sse": "/sse", "streamable-http": "/mcp"}[transport]
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}{path}"
+    lines = []
+    if transport == "sse":
+        lines.append("mcp-obtrace: the transport sse is deprecated, and still supported; prefer streamable-http")
+    if not config.api_key.is_set:
+        lines.append(f"mcp-obtrace: OBTRACE_API_KEY is not set; each caller has to send a key in {CALLER_HEADERS[0]}")
+    lines.append(
+        f"mcp-obtrace {__version__} serves {len(toolbox.tools)} tools of {config.url} at {where}; Ctrl-C ends it"
+    )
+    print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
@@ -2620,11 +2935,10 @@ def tool_table(tools: Mapping[str, Tool]) -> str:
 
 
 def _without_key(message: str) -> str:
-    """A message of ours without the key, should somebody have typed it into a flag."""
-    with contextlib.suppress(ConfigError):
-        get = functools.partial(_variable, os.environ)
-        config = Config("", get("OBTRACE_API_KEY"), get("OBTRACE_API_KEY_FILE"))
-        return message.replace(config.read_api_key(), KEY_REMOVED)
+    """A message of ours without a secret, should somebody have typed it into a flag."""
+    for name in ("OBTRACE_API_KEY", "OBTRACE_MCP_TOKEN"):
+        with contextlib.suppress(ConfigError):
+            message = message.replace(Secret.from_env(os.environ, name).read(), KEY_REMOVED)
     return message
 
 

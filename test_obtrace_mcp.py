@@ -32,15 +32,19 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
+import httpx2
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import trustme
-from mcp import ClientSession, StdioServerParameters
+from mcp import ClientSession, MCPError, StdioServerParameters
+from mcp.client.client import Client
+from mcp.client.sse import sse_client
 from mcp.client.stdio import stdio_client
+from mcp.client.streamable_http import streamable_http_client
 
 import obtrace_mcp as program
 
@@ -754,7 +758,7 @@ def test_a_wrong_variable_is_refused_by_name(environ: dict[str, str], expected: 
         ({"OBTRACE_URL": "http://127.9.9.9"}, "url", "http://127.9.9.9"),
         ({"OBTRACE_URL": "http://[::1]:1/"}, "url", "http://[::1]:1"),
         ({"OBTRACE_URL": "http://x", "OBTRACE_TLS_INSECURE": "YES"}, "url", "http://x"),
-        ({"OBTRACE_API_KEY": f"{KEY}\n"}, "api_key", KEY),
+        ({"OBTRACE_API_KEY": f"{KEY}\n"}, "api_key", program.Secret("OBTRACE_API_KEY", KEY)),
         ({"OBTRACE_TENANT_ID": "  "}, "tenant_id", ""),
         ({"OBTRACE_TLS_INSECURE": ""}, "tls_insecure", False),
         ({"OBTRACE_TLS_INSECURE": "No"}, "tls_insecure", False),
@@ -778,7 +782,6 @@ def test_a_wrong_start_is_one_sentence_and_status_2(tmp_path: Path) -> None:
         (("--bogus",), FINE, "--bogus"),
         (("--enable",), FINE, "--enable"),
         (("--transport", "http"), FINE, "--transport"),
-        (("--transport", "sse"), FINE, "--transport sse is not there yet"),
         (("--enabled-tools", ""), FINE, "--enabled-tools is empty"),
         (("--enabled-tools", "lgos"), FINE, "did you mean logs"),
         (("--enabled-tools", "delete_dashboard"), FINE, "--enable-write"),
@@ -1320,7 +1323,7 @@ def test_an_answer_is_passed_or_told_as_it_is(service: Service, answer: Reply, e
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (reply('{"error":"no such key"}', 401), '401 Unauthorized: "no such key"; the API key was not accepted; the operator must check OBTRACE_API_KEY'),
+        (reply('{"error":"no such key"}', 401), '401 Unauthorized: "no such key"; the API key in OBTRACE_API_KEY was not accepted; its owner must check it'),
         (reply('{"message":"not yours"}', 403), '403 Forbidden: "not yours"; the API key may not do this; check project_id'),
         (reply('{"error":{"message":"nested"}}', 404), '404 Not Found: "nested"; nothing has this id'),
         (reply('{"error":["odd"]}', 400), "400 Bad Request: "),
@@ -1724,7 +1727,7 @@ def test_without_a_ca_file_the_system_s_store_and_certifi_s_both_count(
 ) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", pem(tmp_path, "system.pem", ca.cert_pem))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    trusted = program.tls_context(program.Config("https://x", KEY)).get_ca_certs()
+    trusted = program.tls_context(program.Config("https://x", program.Secret("key", KEY))).get_ca_certs()
     assert len([cert for cert in trusted if "trustme" in str(cert["subject"])]) == 1
     assert len(trusted) > 100
 
@@ -2103,6 +2106,569 @@ def test_a_person_in_a_terminal_is_told_what_it_waits_for() -> None:
         process.communicate()
         os.close(terminal)
         os.close(side)
+
+
+# ---------------------------------------------------------------- HTTP
+
+TOKEN = "mcp_test_token_0123456789"
+ROUTES = {"/mcp": "streamable-http", "/sse": "sse", "/messages": "sse"}
+TRANSPORTS = {"streamable-http": "/mcp", "sse": "/sse"}
+
+
+class Heard(NamedTuple):
+    """What the server answered."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    text: str
+
+
+class Web(Process):
+    """The program as it serves HTTP on a free port of loopback."""
+
+    def __init__(self, *arguments: str, transport: str = "streamable-http", **environ: str) -> None:
+        addr = [] if "--addr" in arguments else ["--addr", "127.0.0.1:0"]
+        super().__init__("--transport", transport, *addr, *arguments, handshake=False, **environ)
+        assert self.process.stderr
+        self.said = ""
+        while not (match := re.search(r" at (http://(\S+):(\d+)(/\w+));", self.said)):
+            line = self.process.stderr.readline().decode()
+            assert line, self.said
+            self.said += line
+        self.url, self.host, self.port, self.path = match[1], match[2], int(match[3]), match[4]
+        wait_until(lambda: self.http("GET", "/healthz").status == 200)
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+
+    def http(self, method: str, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> Heard:
+        """One exchange. Of a stream it is the beginning."""
+        with closing(self.connect()) as connection:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            stream = method == "GET" and "event-stream" in response.headers.get("Content-Type", "")
+            text = response.readline() if stream else response.read()
+            return Heard(response.status, response.headers, text.decode())
+
+    def tool(self, tool: str, headers: dict[str, str] | None = None, **arguments: Any) -> tuple[str, bool]:
+        """Text and isError of a call of the 2026 era."""
+        heard = self.http("POST", "/mcp", modern_headers(tool) | (headers or {}), modern_call(tool, **arguments))
+        text = heard.text.partition("data: ")[2] if "event-stream" in heard.headers["Content-Type"] else heard.text
+        result = json.loads(text)["result"]
+        return result["content"][0]["text"], result["isError"]
+
+
+JSON_OR_STREAM = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
+
+
+def modern_headers(tool: str) -> dict[str, str]:
+    return JSON_OR_STREAM | {"MCP-Protocol-Version": "2026-07-28", "Mcp-Method": "tools/call", "Mcp-Name": tool}
+
+
+def modern_call(tool: str, **arguments: Any) -> bytes:
+    params = {"name": tool, "arguments": arguments, "_meta": ENVELOPE}
+    return json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}).encode()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Until the thing is true; a test that waits for ever fails."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        with suppress(OSError):
+            if true():
+                return
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@contextmanager
+def web(*arguments: str, transport: str = "streamable-http", **environ: str) -> Iterator[Web]:
+    with closing(Web(*arguments, transport=transport, **environ)) as running:
+        alarm = threading.Timer(2 * PATIENCE, running.process.kill)
+        alarm.start()
+        yield running
+        alarm.cancel()
+
+
+@contextmanager
+def background(work: Callable[[], object]) -> Iterator[None]:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+async def over_http(url: str, mode: Any, work: Callable[[Client], Any], headers: dict[str, str] | None = None) -> Any:
+    """The work of the SDK's client over the transport that the URL tells."""
+    if url.endswith("/sse"):
+        async with Client(sse_client(url, headers=headers), mode=mode) as client:
+            return await work(client)
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=PATIENCE) as http_client,
+        Client(streamable_http_client(url, http_client=http_client), mode=mode) as client,
+    ):
+        return await work(client)
+
+
+def said(result: Any) -> tuple[str, bool]:
+    return result.content[0].text, result.is_error
+
+
+@pytest.mark.parametrize("mode", ["legacy", "auto", "2026-07-28"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_the_sdk_s_client_lists_and_calls_over_http(transport: str, mode: str) -> None:
+    async def work(client: Client) -> None:
+        assert len((await client.list_tools()).tools) == 41
+        assert said(await client.call_tool("list_projects", {})) == (
+            '{"items":[{"kind":"project","id":"shop","name":"Web shop"}]}',
+            False,
+        )
+        text, failed = said(await client.call_tool("delete_dashboard", {"dashboard_id": "d"}))
+        assert failed
+        assert "--enable-write" in text
+        with pytest.raises(MCPError, match="Unknown tool"):
+            await client.call_tool("no_such_tool", {})
+
+    with web("--demo", transport=transport) as server:
+        assert server.path == TRANSPORTS[transport]
+        anyio.run(over_http, server.url, mode, work)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == (0, "")
+        deprecated = "mcp-obtrace: the transport sse is deprecated, and still supported; prefer streamable-http\n"
+        assert server.said.startswith(deprecated) == (transport == "sse")
+
+
+def test_only_loopback_is_listened_on_unless_it_is_told() -> None:
+    assert program._parser().parse_args([]).addr == "127.0.0.1:8000"
+    with web("--demo", "--addr", ":0") as server:
+        assert server.host == "127.0.0.1"
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+            sock.connect(("192.0.2.1", 9))  # sends nothing; it tells which address the machine goes out from
+            others = {"127.0.0.2", sock.getsockname()[0]} - {"127.0.0.1"}
+        for other in others:
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((other, server.port), PATIENCE)
+    with web("--demo", "--addr", "0.0.0.0:0", OBTRACE_MCP_TOKEN=TOKEN) as server:
+        for other in others:
+            socket.create_connection((other, server.port), PATIENCE).close()
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_what_is_foreign_is_refused_on_every_route(path: str) -> None:
+    right = {"Authorization": f"Bearer {TOKEN}"}
+    with web("--demo", "--allowed-hosts", "obtrace.test, other.test:8443", transport=ROUTES[path], OBTRACE_MCP_TOKEN=TOKEN) as server:  # fmt: skip
+
+        def status(headers: dict[str, str], method: str = "GET", size: int = 0) -> int:
+            return server.http(method, path, headers, b"x" * size or None).status
+
+        fine = {"/mcp": 406, "/sse": 200, "/messages": 405}[path]
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:80", "obtrace.test", "obtrace.test:9", "other.test:8443"):  # fmt: skip
+            assert status(right | {"Host": host}) == fine, host
+            assert status(right | {"Origin": f"https://{host}"}) == fine, host
+        for host in ("evil.test", "localhost.evil.test", "localhost@evil.test", "evil.test:localhost", "", "127.0.0.2", "other.test", "other.test:1", "localhost.", "[::2]", "*"):  # fmt: skip
+            assert status(right | {"Host": host}) == 421, host
+            assert status(right | {"Origin": f"http://{host}"}) == 403, host
+        for origin in ("null", "localhost", "file://localhost", "http://localhost/", "http://localhost http://evil.test"):  # fmt: skip
+            assert status(right | {"Origin": origin}) == 403, origin
+        for wrong in ("", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}", TOKEN, "Bearer", f"Bearer {TOKEN} {TOKEN}", f"Bearer {KEY}"):  # fmt: skip
+            refused = server.http("GET", path, {"Authorization": wrong})
+            assert (refused.status, refused.headers["WWW-Authenticate"]) == (401, 'Bearer realm="mcp-obtrace"'), wrong
+            assert TOKEN not in refused.text
+        assert status({}) == 401
+        assert status({"Authorization": f"bearer  {TOKEN}"}) == fine
+        assert status(right, "POST", 1024 * 1024 + 1) == 413
+        assert status({}, "POST", 1024 * 1024 + 1) == 401  # a stranger's body is not even read
+        assert status(right | JSON_OR_STREAM, "POST", 1024 * 1024) in (400, 405)
+        for method in ("OPTIONS", "GET", "POST"):
+            preflight = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+            heard = server.http(method, path, right | preflight)
+            assert not [name for name in heard.headers if name.lower().startswith("access-control")]
+        assert server.http("GET", "/nothing").status == 401
+        assert server.http("GET", "/nothing", right | {"Host": "evil.test"}).status == 421
+        for nothing in ("/nothing", f"{path}/", "/"):
+            assert server.http("GET", nothing, right).status == 404
+
+
+def test_a_second_credential_or_host_in_one_request_is_refused() -> None:
+    with web("--demo", OBTRACE_MCP_TOKEN=TOKEN) as server:
+        for more, status in ((b"", 406), (b"Authorization: Bearer other\r\n", 401), (b"Origin: http://evil.test\r\n", 403), (b"Host: localhost\r\n", 400)):  # fmt: skip
+            with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as sock:
+                sock.sendall(b"GET /mcp HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\nAuthorization: Bearer %s\r\n%s\r\n" % (TOKEN.encode(), more))  # fmt: skip
+                assert sock.recv(100).startswith(b"HTTP/1.1 %d " % status), more
+
+
+def test_health_tells_nothing_to_anybody() -> None:
+    with web("--demo", OBTRACE_MCP_TOKEN=TOKEN) as server:
+        heard = server.http("GET", "/healthz", {"Host": "10.0.0.1:9"})
+        assert (heard.status, heard.text) == (200, "ok\n")
+        assert set(heard.headers) == {"date", "content-length", "content-type"}
+        assert server.http("HEAD", "/healthz", {"Host": "evil.test"}).status == 200
+        assert server.http("GET", "/healthz", {"Origin": "http://evil.test"}).status == 403
+
+
+def test_a_token_file_is_read_again_for_each_request(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("first-token\n")
+    with web("--demo", OBTRACE_MCP_TOKEN_FILE=str(file)) as server:
+        first, second = ({"Authorization": f"Bearer {token}-token"} for token in ("first", "second"))
+        assert server.tool("list_teams", first)[1] is False
+        file.write_text("second-token\n")
+        assert server.tool("list_teams", second)[1] is False
+        assert server.http("GET", "/mcp", first).status == 401
+        file.unlink()
+        for token in (first, second, {}):
+            assert server.http("GET", "/mcp", token).status == 503
+
+
+def test_the_token_never_reaches_the_service_nor_the_key_the_door(service: Service) -> None:
+    with web(OBTRACE_MCP_TOKEN=TOKEN, **service.environ) as server:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        assert server.tool("list_teams", headers) == ('{"ok":true}', False)
+        assert server.http("GET", "/mcp", {"Authorization": f"Bearer {KEY}"}).status == 401
+        assert server.http("GET", "/mcp", headers | {"X-Obtrace-API-Key": TOKEN}).status == 400
+        assert server.http("GET", "/mcp", {"X-Obtrace-API-Key": TOKEN}).status == 401
+    assert len(service.requests) == 1
+    assert TOKEN not in str(service.requests[0].headers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "expected"),
+    [
+        (("--addr", "0.0.0.0:0"), {}, "--addr 0.0.0.0:0 lets other machines in, and OBTRACE_MCP_TOKEN is not set"),
+        (("--addr", "[::]:0"), {}, "OBTRACE_MCP_TOKEN is not set"),
+        (("--addr", "0:0"), {"OBTRACE_MCP_TOKEN": TOKEN}, "means all interfaces; write 0.0.0.0"),
+        (("--addr", "[::0]:0"), {"OBTRACE_MCP_TOKEN": TOKEN}, "means all interfaces; write 0.0.0.0"),
+        (("--addr", "8000"), {}, '--addr is "8000"; use HOST:PORT, :PORT or [IPv6]:PORT'),
+        (("--addr", "127.0.0.1:65536"), {}, "--addr is "),
+        (("--addr", "http://127.0.0.1:1"), {}, "--addr is "),
+        (("--addr", "::1:8000"), {}, "--addr is "),
+        (("--addr", "no-such-host.invalid:1"), {}, "--addr no-such-host.invalid:1 cannot be listened on"),
+        (("--addr", "192.0.2.1:1"), {"OBTRACE_MCP_TOKEN": TOKEN}, "--addr 192.0.2.1:1 cannot be listened on"),
+        (("--allowed-hosts", "http://obtrace.test"), {}, '--allowed-hosts has "http://obtrace.test"'),
+        (("--allowed-hosts", "*"), {}, "--allowed-hosts"),
+        ((), {"OBTRACE_MCP_TOKEN": "${TOKEN}"}, "OBTRACE_MCP_TOKEN contains ${TOKEN}"),
+        ((), {"OBTRACE_MCP_TOKEN": "two words"}, "OBTRACE_MCP_TOKEN contains a space"),
+        ((), {"OBTRACE_MCP_TOKEN": "abc"}, "OBTRACE_MCP_TOKEN holds fewer than 4"),
+        ((), {"OBTRACE_MCP_TOKEN": KEY}, "OBTRACE_MCP_TOKEN is the API key"),
+        ((), {"OBTRACE_MCP_TOKEN": TOKEN, "OBTRACE_MCP_TOKEN_FILE": "x"}, "are both set"),
+        ((), {"OBTRACE_MCP_TOKEN_FILE": "no/such"}, "OBTRACE_MCP_TOKEN_FILE no/such cannot be read"),
+        ((), {"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "no/such"}, "OBTRACE_API_KEY_FILE no/such cannot be read"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_wrong_setting_of_http_is_refused(transport: str, arguments: tuple[str, ...], environ: dict[str, str], expected: str) -> None:  # fmt: skip
+    ended = run("--transport", transport, *arguments, **(FINE | environ))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert expected in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert KEY not in ended.stderr
+    assert TOKEN not in ended.stderr
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        addr = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = run("--demo", "--transport", "sse", "--addr", addr)
+    assert ended.returncode == 2
+    assert ended.stderr == f"mcp-obtrace: --addr {addr} cannot be listened on (Address already in use); use an address of this machine and a free port\n"  # fmt: skip
+
+
+def scope_of(request: Recorded) -> tuple[str | None, ...]:
+    headers = request.headers
+    return headers["Authorization"], headers["X-Obtrace-Tenant-ID"], headers["X-Obtrace-Project-ID"]
+
+
+def test_a_request_goes_under_the_caller_s_key_or_the_server_s_and_never_mixes_them(service: Service) -> None:
+    own = {"OBTRACE_TENANT_ID": "t", "OBTRACE_PROJECT_ID": "p"}
+    for headers, arguments, expected in (
+        ({}, {}, (KEY, "t", "p")),
+        ({"X-Obtrace-API-Key": "key-of-ann"}, {}, ("key-of-ann", None, None)),
+        ({"x-obtrace-api-key": "key-of-ann", "X-Obtrace-Tenant-ID": "a", "X-Obtrace-Project-ID": "b"}, {}, ("key-of-ann", "a", "b")),
+        ({"X-Obtrace-API-Key": "key-of-ann", "X-Obtrace-Project-ID": "b"}, {"project_id": "c"}, ("key-of-ann", None, "c")),
+        ({"X-Obtrace-Tenant-ID": "a", "X-Obtrace-Project-ID": "b"}, {}, (KEY, "t", "p")),
+        ({"X-Obtrace-API-Key": "key-of-bob", "X-Obtrace-URL": "http://evil.test", "OBTRACE_URL": "http://evil.test"}, {}, ("key-of-bob", None, None)),
+    ):  # fmt: skip
+        with web(**service.environ, **own) as server:
+            assert server.tool("list_dashboards", headers, **arguments) == ('{"ok":true}', False)
+        assert scope_of(service.requests.pop()) == (f"Bearer {expected[0]}", *expected[1:])
+    assert service.requests == []
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_without_a_key_of_its_own_it_lists_and_serves_whoever_brings_one(service: Service, transport: str) -> None:
+    async def without(client: Client) -> None:
+        assert len((await client.list_tools()).tools) == 41
+        text, failed = said(await client.call_tool("list_teams", {}))
+        assert failed
+        assert text == "this server has no API key of its own; send yours in the header X-Obtrace-API-Key"
+
+    async def with_key(client: Client) -> None:
+        assert said(await client.call_tool("list_teams", {})) == ('{"ok":true}', False)
+
+    with web(OBTRACE_URL=service.environ["OBTRACE_URL"], transport=transport) as server:
+        for mode in ("legacy", "auto"):
+            anyio.run(over_http, server.url, mode, without)
+            assert service.requests == []
+            own = {"X-Obtrace-API-Key": "key-of-ann", "X-Obtrace-Tenant-ID": "a"}
+            anyio.run(over_http, server.url, mode, with_key, own)
+            assert scope_of(service.requests.pop()) == ("Bearer key-of-ann", "a", None)
+        assert (
+            "mcp-obtrace: OBTRACE_API_KEY is not set; each caller has to send a key in X-Obtrace-API-Key\n"
+            in server.said
+        )
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([("X-Obtrace-API-Key", "")], "X-Obtrace-API-Key holds fewer than 4"),
+        ([("X-Obtrace-API-Key", "abc")], "X-Obtrace-API-Key holds fewer than 4"),
+        ([("X-Obtrace-API-Key", "${KEY}")], "X-Obtrace-API-Key contains ${KEY}"),
+        ([("X-Obtrace-API-Key", "two words")], "X-Obtrace-API-Key contains a space"),
+        ([("X-Obtrace-API-Key", "schlüssel")], "X-Obtrace-API-Key contains a space, a control or a non-ASCII"),
+        ([("X-Obtrace-API-Key", "good-key"), ("x-obtrace-api-key", "good-key")], "X-Obtrace-API-Key is given more than once"),
+        ([("X-Obtrace-API-Key", "good-key"), ("X-Obtrace-Tenant-ID", "..")], "X-Obtrace-Tenant-ID is .."),
+        ([("X-Obtrace-API-Key", "good-key"), ("X-Obtrace-Project-ID", "a b")], "X-Obtrace-Project-ID contains a space"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_wrong_header_of_the_caller_is_told_to_the_model(headers: list[tuple[str, str]], expected: str) -> None:
+    with web(**FINE) as server, closing(server.connect()) as connection:
+        body = modern_call("list_teams")
+        connection.putrequest("POST", "/mcp")
+        for name, value in [*modern_headers("list_teams").items(), ("Content-Length", str(len(body))), *headers]:
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        result = json.loads(connection.getresponse().read())["result"]
+    assert result["isError"]
+    assert result["content"][0]["text"].startswith(expected)
+
+
+def test_a_caller_s_key_stays_out_of_every_text_and_so_does_the_server_s(service: Service) -> None:
+    service.replies = [reply(json.dumps({"error": f"no such key: key-of-ann, nor {KEY}"}), 401)]
+    with web(**service.environ) as server:
+        text, failed = server.tool("list_teams", {"X-Obtrace-API-Key": "key-of-ann"})
+        assert failed
+        assert text == 'GET /api/v1/teams answered 401 Unauthorized: "no such key: [API key removed], nor [API key removed]"; the API key in X-Obtrace-API-Key was not accepted; its owner must check it'  # fmt: skip
+        service.replies = [reply(json.dumps({"key-of-ann": [f"x{KEY}"]}))]
+        assert server.tool("list_teams", {"X-Obtrace-API-Key": "key-of-ann"})[0] == '{"[API key removed]":["x[API key removed]"]}'  # fmt: skip
+        assert server.tool("list_teams")[0] == '{"key-of-ann":["x[API key removed]"]}'  # Bob knows nothing of Ann
+
+
+def test_no_connection_carries_two_keys(service: Service) -> None:
+    carried: dict[int, set[str]] = {}
+
+    def remember(handler: http.server.BaseHTTPRequestHandler) -> None:
+        carried.setdefault(handler.client_address[1], set()).add(handler.headers["Authorization"])
+        reply("{}")(handler)
+
+    service.replies = [remember]
+    with web(**service.environ) as server:
+        for _ in range(3):
+            for key in ("", "key-of-ann", "key-of-bob"):
+                server.tool("list_teams", {"X-Obtrace-API-Key": key} if key else {})
+    assert sorted(carried.values(), key=str) == [{f"Bearer {key}"} for key in ("key-of-ann", "key-of-bob", KEY)]
+
+
+def test_on_sse_the_headers_of_each_post_decide(service: Service) -> None:
+    with web(transport="sse", **service.environ) as server, closing(server.connect()) as stream:
+        stream.request("GET", "/sse", headers={"X-Obtrace-API-Key": "key-of-the-stream"})
+        answers = stream.getresponse()
+
+        def data() -> str:
+            while not (line := answers.readline().decode()).startswith("data: "):
+                pass
+            return line[6:].strip()
+
+        route = data()
+
+        def post(message: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+            body = json.dumps({"jsonrpc": "2.0", **message}).encode()
+            assert server.http("POST", route, JSON_OR_STREAM | (headers or {}), body).status == 202
+
+        client = {"name": "test", "version": "1"}
+        post({"id": 0, "method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": client}})  # fmt: skip
+        assert json.loads(data())["result"]["serverInfo"]["name"] == "mcp-obtrace"
+        post({"method": "notifications/initialized"})
+        for number, key in enumerate(("key-of-ann", "key-of-bob", ""), start=1):
+            call = {"id": number, "method": "tools/call", "params": {"name": "list_teams"}}
+            post(call, {"X-Obtrace-API-Key": key} if key else {})
+            assert json.loads(data())["result"]["isError"] is False
+            assert service.requests.pop().headers["Authorization"] == f"Bearer {key or KEY}"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_200_clients_at_once_lose_no_answer_and_mix_no_two_keys(service: Service, transport: str) -> None:
+    def echo(handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(0.05)
+        headers = handler.headers
+        who = headers["Authorization"].removeprefix("Bearer key-of-"), headers["X-Obtrace-Tenant-ID"]
+        reply(json.dumps(who))(handler)
+
+    service.replies = [echo]
+
+    async def everybody(url: str) -> None:
+        answers: dict[int, str] = {}
+
+        async def one(number: int) -> None:
+            async def call(client: Client) -> None:
+                answers[number] = said(await client.call_tool("list_teams", {}))[0]
+
+            mode = "legacy" if number % 2 else "2026-07-28"
+            own = {"X-Obtrace-API-Key": f"key-of-{number}", "X-Obtrace-Tenant-ID": f"t{number}"}
+            await over_http(url, mode, call, own)
+
+        async with anyio.create_task_group() as tasks:
+            for number in range(200):
+                tasks.start_soon(one, number)
+        assert answers == {number: f'["{number}","t{number}"]' for number in range(200)}
+
+    with web(OBTRACE_URL=service.environ["OBTRACE_URL"], transport=transport) as server:
+        anyio.run(everybody, server.url)
+
+
+def until_left(begun: threading.Event, left: threading.Event) -> Reply:
+    """No answer, until the caller closes the connection."""
+
+    def wait(handler: http.server.BaseHTTPRequestHandler) -> None:
+        begun.set()
+        handler.connection.settimeout(PATIENCE)
+        with suppress(OSError):
+            handler.rfile.read(1)
+        handler.close_connection = True
+        left.set()
+
+    return wait
+
+
+def test_a_2026_caller_that_leaves_ends_his_call_upstream(service: Service) -> None:
+    begun, left = threading.Event(), threading.Event()
+    service.replies = [until_left(begun, left)]
+    with web(**service.environ) as server, closing(server.connect()) as caller:
+        caller.request("POST", "/mcp", modern_call("list_teams"), modern_headers("list_teams"))
+        assert begun.wait(PATIENCE)
+        assert not left.is_set()
+        caller.close()
+        assert left.wait(PATIENCE / 2)  # the call itself would go on for longer
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_calls_in_flight(service: Service, transport: str, number: signal.Signals) -> None:
+    begun = threading.Event()
+    service.replies = [hang(begun)]
+    with web(transport=transport, **service.environ) as server:
+
+        async def work(client: Client) -> None:
+            with suppress(Exception):  # whatever a client makes of a server that leaves
+                await client.call_tool("list_teams", {})
+
+        def run_client() -> None:
+            with suppress(BaseException):
+                anyio.run(over_http, server.url, "legacy", work)
+
+        with background(run_client):
+            assert begun.wait(PATIENCE)
+            before = time.monotonic()
+            server.process.send_signal(number)
+            assert server.wait() == (0, "")
+            assert time.monotonic() - before < PATIENCE / 2  # far from the end of the call
+
+
+def test_a_silent_or_slow_client_is_cut_off_and_keeps_nobody_waiting() -> None:
+    with web("--demo") as server:
+        silent = [socket.create_connection(("127.0.0.1", server.port), PATIENCE) for _ in range(50)]
+        for sock in silent[10:20]:
+            sock.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        for sock in silent[20:30]:
+            sock.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")  # fmt: skip
+        for sock in silent[30:]:
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal")
+        assert server.tool("list_teams")[1] is False
+        drips = 0
+        for sock in silent[:30]:
+            sock.settimeout(0.2)
+            while drips < 10 * PATIENCE:
+                drips += 1
+                with suppress(TimeoutError):
+                    assert sock.recv(1000) in (b"",)
+                    break
+                with suppress(OSError):
+                    if sock in silent[10:30]:
+                        sock.sendall(b"x")  # each byte in time, the whole never
+        assert drips < 10 * PATIENCE
+        for sock in silent:
+            sock.close()
+        assert server.tool("list_teams")[1] is False
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_sessions_are_bounded(transport: str) -> None:
+    client = {"name": "test", "version": "1"}
+    initialize = json.dumps({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": client}}).encode()  # fmt: skip
+    with web("--demo", transport=transport) as server:
+        streams = []
+        status = []
+        for _ in range(1001):
+            if transport == "sse":
+                streams.append(server.connect())
+                streams[-1].request("GET", "/sse")
+                status.append(streams[-1].getresponse().status)
+            else:
+                status.append(server.http("POST", "/mcp", JSON_OR_STREAM, initialize).status)
+        assert status == [200] * 1000 + [503]
+        if transport == "sse":
+            streams[0].close()
+            wait_until(lambda: server.http("GET", "/sse").status == 200)
+        else:
+            assert server.tool("list_teams")[1] is False  # the newer era needs no session
+        for stream in streams:
+            stream.close()
+
+
+def test_what_is_no_json_rpc_is_answered_and_leaves_no_trace_in_the_log() -> None:
+    with web("--demo") as server:
+        for body in (b"{", b"[]", b"null", b'{"jsonrpc":"2.0"}', b"\xff", b"[" * 100_000):
+            for version in ({}, {"MCP-Protocol-Version": "2026-07-28"}):
+                assert server.http("POST", "/mcp", JSON_OR_STREAM | version, body).status == 400, body[:10]
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == (0, "")
+    with web("--demo", transport="sse") as server, closing(server.connect()) as stream:
+        stream.request("GET", "/sse")
+        answers = stream.getresponse()
+        answers.readline()
+        route = answers.readline().decode()[6:].strip()
+        for body in (b"{", b"[]", b"\xff"):
+            assert server.http("POST", route, JSON_OR_STREAM, body).status == 400
+        assert server.http("POST", route + "0", JSON_OR_STREAM, b"{}").status == 400
+        assert server.http("POST", "/messages?session_id=" + "0" * 32, JSON_OR_STREAM, b"{}").status == 404
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("127.0.0.1:8000", ("127.0.0.1", 8000)),
+        (":8000", ("127.0.0.1", 8000)),
+        ("[::1]:0", ("::1", 0)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
+        ("obtrace-mcp.corp:65535", ("obtrace-mcp.corp", 65535)),
+    ],
+)
+def test_addr_is_host_and_port(value: str, expected: tuple[str, int]) -> None:
+    assert program.parse_addr(value) == expected
+
+
+def test_allowed_hosts_are_written_as_a_host_header_writes_them() -> None:
+    assert program.parse_hosts(" A.test ,b.test:81,, ::1,[FE80::1]:9") == [
+        "a.test",
+        "b.test:81",
+        "[::1]",
+        "[fe80::1]:9",
+    ]
 
 
 # ---------------------------------------------------------------- the command line
