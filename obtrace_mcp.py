@@ -697,7 +697,7 @@ def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: in
     return Request(tool.name, tool.method, path, query=query, **told)
 
 
-def check_arguments(tool: Tool, given: Mapping[str, Any], now: int) -> dict[str, Any]:
+def check_arguments(tool: Tool | Prompt, given: Mapping[str, Any], now: int) -> dict[str, Any]:
     """The arguments in the service's types, in the table's order, with defaults; times in nanoseconds."""
     for name in given:
         if name not in tool.args:
@@ -1364,6 +1364,7 @@ class Transport(urllib.request.BaseHandler):
         self._context = context
         self._idle: list[Idle] = []  # all to one host, through one proxy; the latest last
         self._lock = threading.Lock()
+        self.peer: tuple[str, Any] | None = None  # protocol and certificate of the last handshake
 
     def http_open(self, request: HTTPRequest) -> http.client.HTTPResponse:
         """Send the request. Only a GET travels on a used connection: nothing else may be sent twice."""
@@ -1435,6 +1436,8 @@ class Transport(urllib.request.BaseHandler):
             if connection.sock is None:
                 connection.connect()
                 request.call.use(connection)
+                if isinstance(connection.sock, ssl.SSLSocket):
+                    self.peer = connection.sock.version() or "", connection.sock.getpeercert()
             connection.sock.settimeout(request.call.remaining())
             headers = dict(request.headers)
             if request.type == "https":
@@ -1955,6 +1958,99 @@ OVERVIEWS = {
 }  # fmt: skip
 
 
+# ---------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: a task, the tools that do it in their order, and what to report."""
+
+    name: str
+    description: str
+    task: str
+    args: Mapping[str, Arg]
+    steps: Mapping[str, str]
+    report: str
+
+    def __post_init__(self) -> None:
+        if not self.steps.keys() <= TOOL_NAMES.keys() or any(TOOL_NAMES[name].write for name in self.steps):
+            raise TypeError(f"{self.name}: a step is no tool that reads")
+
+    def listing(self, tools: Mapping[str, Tool]) -> dict[str, Any] | None:
+        """The prompt as `prompts/list` shows it; None when none of its tools is enabled."""
+        if tools.keys().isdisjoint(self.steps):
+            return None
+        arguments = [
+            {"name": name, "description": arg.description or f"one of {', '.join(arg.enum)}; default {arg.default}", "required": arg.required}
+            for name, arg in self.args.items()
+        ]  # fmt: skip
+        title = self.name.replace("_", " ").capitalize()
+        return {"name": self.name, "title": title, "description": self.description, "arguments": arguments}
+
+    def text(self, given: Mapping[str, Any], tools: Mapping[str, Tool]) -> str:
+        """What the model is asked to do, with the tools that are enabled; raises ObtraceError for wrong arguments."""
+        values = {name: visible(str(value)) for name, value in check_arguments(self, given, 0).items()}
+        steps = [f"{name}: {step.format(**values)}" for name, step in self.steps.items() if name in tools]
+        return "\n".join(
+            [
+                f"{self.task.format(**values)} Call these tools in this order; leave out a step that the ones before made needless.",
+                "",
+                *(f"{number}. {step}" for number, step in enumerate(steps, start=1)),
+                "",
+                f"Then report {self.report} Name the call that each statement rests on, and say what remains unknown.",
+            ]
+        )
+
+
+SPANS = ("15m", "1h", "6h", "24h", "7d")
+# fmt: off
+PROMPTS = [
+    Prompt("investigate_incident", "Find what caused an incident, whom it hurts, and what to do.",
+        "Investigate the incident {incident_id}. The window is from one hour before it began until now.",
+        {"incident_id": ident("id of the incident, as list_incidents shows it")},
+        {"get_incident": 'incident_id="{incident_id}". When did it begin, what is broken, which services?',
+         "get_incident_timeline": 'incident_id="{incident_id}". What was noticed and done so far?',
+         "list_alert_history": "the window. Which alert fired first?",
+         "log_stats": "the window, group_by=service_name, then group_by=severity for the service that stands out.",
+         "log_patterns": "the window, that service. Which messages are new since it began?",
+         "search_logs": 'the window, text=deploy, then the words of the new messages. What changed just before?',
+         "search_traces": "the window, status=ERROR, that service, limit=5.",
+         "get_trace": "the slowest trace that failed. Which span fails first, in which service?",
+         "root_cause_analysis": 'incident_id="{incident_id}", the window. Does it agree with what you saw? Trust what you saw.'},
+        "the cause, with the evidence for it; since when and for whom; what to do now, and how to see that it helped."),
+    Prompt("triage_service", "Tell within a few calls whether a service is healthy, and if not, where it hurts.",
+        'Triage the service "{service}" over the last {window}.',
+        {"service": need("service.name of the service"), "window": one_of(*SPANS, default="1h")},
+        {"list_incidents": "status=open. Does one of them name the service?",
+         "trace_stats": 'service="{service}", group_by=operation, time_from=now-{window}. Error rate and latency of each operation.',
+         "log_stats": 'service="{service}", group_by=severity, time_from=now-{window}.',
+         "log_patterns": 'service="{service}", severity=ERROR, time_from=now-{window}. What does it complain about?',
+         "search_traces": 'service="{service}", status=ERROR, time_from=now-{window}, limit=5.',
+         "get_trace": "one trace that failed. Is the service the cause, or does it wait for another?",
+         "list_alert_rules": "status=firing."},
+        "one line that says healthy, degraded or down; then what fails, since when, how often, and the next thing to look at."),
+    Prompt("health_report", "Report how all services did over a window.",
+        "Report on the health of the system over the last {window}.",
+        {"window": one_of(*SPANS, default="24h")},
+        {"list_incidents": "time_from=now-{window}.",
+         "list_alert_history": "time_from=now-{window}. Which alerts fired, and which did so repeatedly?",
+         "trace_stats": "group_by=service_name, time_from=now-{window}. Traffic, error rate and latency of each service.",
+         "log_stats": "group_by=service_name, time_from=now-{window}, then group_by=severity for the loudest.",
+         "log_patterns": "severity=ERROR, time_from=now-{window}, limit=10.",
+         "summarize": "focus=overall, time_from=now-{window}. Use it to check your own picture."},
+        "a table of the services with traffic, error rate and latency, the worst first; the incidents and alerts; the three things that most deserve work."),
+    Prompt("explain_trace", "Explain what happened in one trace, and why it was slow or failed.",
+        "Explain the trace {trace_id}. The window is from five minutes before it began to five minutes after.",
+        {"trace_id": ident("id of the trace")},
+        {"get_trace": 'trace_id="{trace_id}". Order the spans by parent and start; find where the time goes and which span failed first.',
+         "query_logs": "the window, query=SELECT Timestamp, ServiceName, SeverityText, Body FROM otel_logs WHERE TraceId = '{trace_id}' ORDER BY Timestamp",
+         "search_traces": "an hour before it, the same service and operation, status=OK, limit=3. How does one that went well differ?",
+         "trace_stats": "an hour around it, that service, group_by=operation. Is it an exception or the rule?"},
+        "the path of the request, span by span with the time each took itself; the first failure and its cause; whether it is typical."),
+]
+# fmt: on
+
+
 # ---------------------------------------------------------------- the MCP server
 
 PROGRESS_EVERY = 3.0  # seconds
@@ -2105,12 +2201,34 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
         content = [types.TextContent(type="text", text=text) for text in texts]
         return types.CallToolResult(content=list(content), is_error=outcome.failed)
 
+    listed = [prompt.listing(toolbox.tools) for prompt in PROMPTS]
+    prompt_listing = types.ListPromptsResult.model_validate({"prompts": [prompt for prompt in listed if prompt]})
+
+    async def list_prompts(context: Any, params: types.PaginatedRequestParams | None) -> types.ListPromptsResult:
+        return prompt_listing
+
+    async def get_prompt(context: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
+        prompts = {prompt.name: prompt for prompt in PROMPTS if prompt.listing(toolbox.tools)}
+        if params.name not in prompts:
+            raise MCPError(
+                types.INVALID_PARAMS, f"Unknown prompt: {_quote(params.name)}{_nearest(params.name, prompts)}"
+            )
+        prompt = prompts[params.name]
+        try:
+            text = prompt.text(params.arguments or {}, toolbox.tools)
+        except ObtraceError as error:
+            raise MCPError(types.INVALID_PARAMS, visible(str(error))) from None
+        message = types.PromptMessage(role="user", content=types.TextContent(type="text", text=text))
+        return types.GetPromptResult(description=prompt.description, messages=[message])
+
     server: Server[Any] = Server(
         "mcp-obtrace",
         version=__version__,
         instructions=toolbox.instructions(),
         on_list_tools=list_tools,
         on_call_tool=call_tool,
+        on_list_prompts=list_prompts,
+        on_get_prompt=get_prompt,
     )
     server.middleware.clear()  # its OpenTelemetry spans: what is asked here is nobody else's to collect
     return server
@@ -2329,12 +2447,11 @@ def parse_hosts(value: str) -> list[str]:
 def caller_token(config: Config) -> Secret:
     """What a caller has to show over HTTP, if anything; raises ConfigError when it is not usable."""
     token = Secret.from_env(os.environ, "OBTRACE_MCP_TOKEN")
-    if token.is_set and config.api_key.is_set and token.read() == config.api_key.read():
+    value = token.read() if token.is_set else ""
+    if value and config.api_key.is_set and value == config.api_key.read():
         raise ConfigError(
             "OBTRACE_MCP_TOKEN is the API key, which callers must not know; use a token made for this server alone"
         )
-    if token.is_set:
-        token.read()
     return token
 
 
@@ -2775,6 +2892,172 @@ def start_demo() -> Config:
     )
 
 
+# ---------------------------------------------------------------- the doctor
+
+MAX_SKEW = 300.0  # seconds that this machine's clock may be wrong, as for Kerberos (RFC 4120, 8.2)
+
+
+class Doctor:
+    """What `--check` finds out, one step after the other; each returns what is right, or raises what is wrong."""
+
+    config: Config
+    client: Client
+    answer: Answer
+
+    def __init__(self, options: argparse.Namespace, tools: Mapping[str, Tool]) -> None:
+        self.options, self.tools = options, tools
+        self.read_at = 0.0
+
+    def settings(self) -> str:
+        """Which variables are set, and that they make sense."""
+        if self.options.demo:
+            self.config = start_demo()
+            return "those of the sample service (--demo)"
+        self.config = Config.from_env(os.environ)
+        known = set(re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE))
+        given = sorted(name for name, value in os.environ.items() if name.startswith("OBTRACE_") and value.strip())
+        unknown = [name for name in given if name not in known]
+        said = f"{', '.join(name for name in given if name in known)} from the environment, the rest by default"
+        return said + (f"; unknown, so without effect: {visible(', '.join(unknown))}" if unknown else "")
+
+    def url(self) -> str:
+        """The base URL."""
+        secured = "certificates are NOT verified (OBTRACE_TLS_INSECURE)" if self.config.tls_insecure else ""
+        return "; ".join(filter(None, [self.config.url, secured]))
+
+    def files(self) -> str:
+        """The CA file, and the client certificate with its key."""
+        self.client = Client(self.config)
+        trusted = self.config.tls_ca_cert or "the system's CAs and certifi's"
+        return f"trusted: {trusted}; client certificate: {self._client_certificate()}"
+
+    def _client_certificate(self) -> str:
+        path = self.config.tls_client_cert
+        if not path:
+            return "none"
+        with open(path, encoding="latin-1") as file:
+            block = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", file.read(), re.DOTALL)
+        der = ssl.PEM_cert_to_DER_cert(block[0]) if block else b""
+        # the two times of its validity (RFC 5280, 4.1.2.5), UTCTime or GeneralizedTime, stand side by side
+        match = re.search(rb"(?:\x17\r|\x18\x0f)\d{12,14}Z(?:\x17\r|\x18\x0f)((?:\d\d)?)(\d{12})Z", der)
+        if not match:
+            return f"{path}, which matches its key"
+        century = match[1].decode() or ("20" if match[2] < b"5" else "19")
+        end = datetime.strptime(f"{century}{match[2].decode()}+0000", "%Y%m%d%H%M%S%z").timestamp()
+        if end < time.time():
+            raise ConfigError(f"OBTRACE_TLS_CLIENT_CERT {path} has expired; renew it")
+        return f"{path}, which matches its key, {_days(end)}"
+
+    def proxy(self) -> str:
+        """The proxy that would be used."""
+        target = urllib.parse.urlsplit(self.config.url)
+        proxy = _proxies(self.config.url).get(target.scheme, "")
+        self.host, self.port = target.hostname or "", target.port or {"http": 80, "https": 443}[target.scheme]
+        if not proxy:
+            return "none"
+        where = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        self.host, self.port = where.hostname or "", where.port or 80
+        return f"http://{self.host}:{self.port}, from {target.scheme.upper()}_PROXY"
+
+    def name(self) -> str:
+        """The addresses of the host to connect to: the proxy's if there is one."""
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise ObtraceError(f"{self.host}: {_cause(error, self.config.timeout)}") from None
+        return f"{self.host} is {', '.join(dict.fromkeys(str(address[0]) for *_, address in found))}"
+
+    def connection(self) -> str:
+        """A first request, and the TLS that it went over."""
+        self.answer = self._get("/api/v1/projects", "")
+        self.read_at = time.time()
+        peer = self.client._transport.peer
+        if peer is None:
+            return "HTTP without TLS, which is fine on loopback alone"
+        version, certificate = peer
+        if not certificate:
+            return f"{version}, a certificate that was not verified"
+        names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
+        issuer = dict(part[0] for part in certificate["issuer"])
+        by = issuer.get("commonName") or issuer.get("organizationName") or "an unnamed CA"
+        end = ssl.cert_time_to_seconds(certificate["notAfter"])
+        return visible(f"{version}, certificate for {names} issued by {by}, {_days(end)}")
+
+    def key(self) -> str:
+        """Whether the key is accepted, and where it comes from."""
+        self._read(self.answer, "")
+        secret = self.config.api_key
+        return "accepted" + (f", from the file {secret.file}" if secret.file else "")
+
+    def scope(self) -> str:
+        """The tenant and the project, and whether the key sees them."""
+        project = self.config.project_id
+        tenant = f"tenant {self.config.tenant_id or 'of the key'}"
+        if not project:
+            return f"{tenant}; any project of the key (OBTRACE_PROJECT_ID is not set)"
+        try:
+            path = f"/api/v1/projects/{urllib.parse.quote(project, safe='')}"
+            self._read(self._get(path, project), project)
+        except ObtraceError as error:
+            raise ObtraceError(f"OBTRACE_PROJECT_ID {project}, {tenant}: the key does not see it; {error}") from None
+        return f"{tenant}; project {project}, which the key sees"
+
+    def clock(self) -> str:
+        """How far this machine's clock is from the service's."""
+        try:
+            skew = self.read_at - parsedate_to_datetime(self.answer.headers.get("Date", "")).timestamp()
+        except (ValueError, TypeError):
+            return "the service tells no time to compare with"
+        said = f"this machine's is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the service's"
+        if abs(skew) > MAX_SKEW:
+            raise ObtraceError(f"{said}, so relative times such as now-1h miss; set it, for example with NTP")
+        return said
+
+    def served(self) -> str:
+        """What would be served."""
+        where = f" at {self.options.addr}" if self.options.transport != "stdio" else ""
+        return f"{tool_table(self.tools).splitlines()[-1]}; over {self.options.transport}{where}"
+
+    def _get(self, path: str, project: str) -> Answer:
+        return self.client.send(Request("--check", "GET", path, project_id=project), Call(self.config.timeout))
+
+    def _read(self, answer: Answer, project: str) -> None:
+        data = read_answer(Request("--check", "GET", "/api/v1/projects", project_id=project), answer, self.client.scrub)
+        if isinstance(data, Told):
+            raise ObtraceError(f"{data} Check OBTRACE_URL.")
+
+    STEPS = (settings, url, files, proxy, name, connection, key, scope, clock, served)
+
+
+def _days(end: float) -> str:
+    return f"{(end - time.time()) / 86400:.0f} days left"
+
+
+def check(options: argparse.Namespace, tools: Mapping[str, Tool]) -> int:
+    """Say step by step what is right, up to the first thing that is wrong; returns the exit status."""
+    import shutil
+    import textwrap
+
+    doctor = Doctor(options, tools)
+    width = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 10_000
+    print(f"mcp-obtrace {__version__}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}, {sys.platform}")
+    for index, step in enumerate(Doctor.STEPS):
+        try:
+            mark, said = "ok", step(doctor)
+        except (ConfigError, ObtraceError) as error:
+            mark, said = "FAIL", visible(str(error))
+        line = _without_key(f"{mark:4}  {step.__name__:10}  {said}")
+        print(
+            textwrap.fill(line, width, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False),
+            flush=True,
+        )
+        if mark == "FAIL":
+            if rest := [later.__name__ for later in Doctor.STEPS[index + 1 :]]:
+                print(f"not checked: {', '.join(rest)}")
+            return 1
+    return 0
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -2821,6 +3104,7 @@ def _parser() -> Parser:
     add("--allowed-hosts", metavar="LIST", default="", help="names beside localhost that clients reach it by over HTTP, comma-separated")
     add("--demo", action="store_true", help="use a built-in sample service; needs no variable set")
     add = parser.add_mutually_exclusive_group().add_argument
+    add("--check", action="store_true", help="say what is right and what is wrong with the set-up, and exit with 0 or 1; it only reads")
     add("--list-tools", action="store_true", help="print the tools that would be served, and exit")
     add("--call", nargs="+", metavar=("TOOL", "NAME=VALUE"), help="make one call, print its result, and exit with 0, or 1 when it failed")
     # fmt: on
@@ -2836,6 +3120,8 @@ def run(options: argparse.Namespace) -> int:
     if options.list_tools:
         print(tool_table(tools))
         return 0
+    if options.check:
+        return check(options, tools)
     over_http = options.transport != "stdio" and not options.call
     config = start_demo() if options.demo else Config.from_env(os.environ, wants_key=not over_http)
     if config.tls_insecure:
@@ -2903,13 +3189,27 @@ def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
     outcomes: list[Outcome] = []
     thread = threading.Thread(target=lambda: outcomes.append(toolbox.run(name, arguments, call)), daemon=True)
     thread.start()
-    thread.join(toolbox.client.config.timeout)
+    thread.join(min(PROGRESS_EVERY, toolbox.client.config.timeout))
+    if thread.is_alive() and sys.stderr.isatty():
+        print(f"waiting for Obtrace, at most {toolbox.client.config.timeout:g} s; Ctrl-C ends it", file=sys.stderr)
+    thread.join(max(0.0, call.deadline - time.monotonic()))
     call.end()
     outcome = outcomes[0] if outcomes else toolbox.timed_out(name)
-    print(outcome.text, file=sys.stderr if outcome.failed else sys.stdout, flush=True)
+    text = spread(outcome.text) if sys.stdout.isatty() else outcome.text
+    print(text, file=sys.stderr if outcome.failed else sys.stdout, flush=True)
     if outcome.note:
         print(outcome.note, file=sys.stderr)
     return int(outcome.failed)
+
+
+def spread(text: str) -> str:
+    r"""JSON over several lines, for a person; \u escapes stay what they are."""
+    try:
+        return re.sub(
+            r"(?m)^.*$", lambda line: visible(line[0]), json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+        )
+    except ValueError:
+        return text
 
 
 def tool_table(tools: Mapping[str, Tool]) -> str:

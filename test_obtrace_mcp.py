@@ -348,6 +348,16 @@ def test_readme_names_every_variable_flag_and_tool() -> None:
         assert f"`{tool}`" in readme, tool
 
 
+def test_the_readme_s_questions_are_answered_as_it_says() -> None:
+    questions = (HERE / "README.md").read_text().partition("## Five questions\n")[2].partition("\n## ")[0]
+    asked = re.findall(r"^\$ mcp-obtrace (.*)\n(.*)$", questions, re.MULTILINE)
+    assert len(asked) == 9
+    for command, answer in asked:
+        times = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z")
+        ended = run(*shlex.split(command))
+        assert times.sub("TIME", ended.stdout.strip()) == times.sub("TIME", answer), command
+
+
 # ---------------------------------------------------------------- golden requests
 
 AWKWARD = 'a&b=c #?+%2F/é "x" 😀'
@@ -2108,6 +2118,28 @@ def test_a_person_in_a_terminal_is_told_what_it_waits_for() -> None:
         os.close(side)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_person_in_a_terminal_reads_lines_and_is_told_of_a_long_wait(service: Service) -> None:
+    import pty
+
+    def late(handler: http.server.BaseHTTPRequestHandler) -> None:
+        time.sleep(4)
+        reply(json.dumps({"rows": ["a\u202eb\x1b[2J", "ä"]}))(handler)
+
+    service.replies = [late]
+    terminal, side = pty.openpty()
+    command = [sys.executable, str(HERE / "obtrace_mcp.py"), "--call", "list_teams"]
+    process = subprocess.Popen(command, env=clean_environ(**service.environ), stdin=side, stdout=side, stderr=side)
+    try:
+        assert process.wait(PATIENCE) == 0
+        shown = os.read(terminal, 10_000).decode().replace("\r\n", "\n")
+    finally:
+        process.kill()
+        os.close(terminal)
+        os.close(side)
+    assert shown == 'waiting for Obtrace, at most 30 s; Ctrl-C ends it\n{\n  "rows": [\n    "a\\u202eb\\u001b[2J",\n    "ä"\n  ]\n}\n'  # fmt: skip
+
+
 # ---------------------------------------------------------------- HTTP
 
 TOKEN = "mcp_test_token_0123456789"
@@ -2671,6 +2703,223 @@ def test_allowed_hosts_are_written_as_a_host_header_writes_them() -> None:
     ]
 
 
+# ---------------------------------------------------------------- prompts
+
+
+PROMPT_ARGUMENTS = {
+    "investigate_incident": {"incident_id": "inc-1"},
+    "triage_service": {"service": "checkout"},
+    "health_report": {},
+    "explain_trace": {"trace_id": "t-1"},
+}
+
+
+def test_the_sdk_s_client_lists_and_gets_every_prompt() -> None:
+    async def work(session: ClientSession) -> None:
+        prompts = {prompt.name: prompt for prompt in (await session.list_prompts()).prompts}
+        assert prompts.keys() == PROMPT_ARGUMENTS.keys()
+        assert prompts["triage_service"].arguments
+        window = prompts["triage_service"].arguments[1]
+        assert (window.name, window.required, window.description) == ("window", False, "one of 15m, 1h, 6h, 24h, 7d; default 1h")  # fmt: skip
+        for name, arguments in PROMPT_ARGUMENTS.items():
+            (message,) = (await session.get_prompt(name, arguments)).messages
+            assert message.role == "user"
+            text = message.content.text  # type: ignore[union-attr]
+            tools = re.findall(r"^\d\. (\w+): ", text, re.MULTILINE)
+            assert len(tools) > 3
+            assert set(tools) <= set(GOLDEN_NAMES) - set(WRITES)
+            assert all(value in text for value in arguments.values())
+            assert "{" not in text
+            assert "\nThen report " in text
+        six = await session.get_prompt("health_report", {"window": "6H"})
+        assert "time_from=now-6h" in six.messages[0].content.text  # type: ignore[union-attr]
+        for name, wrong, expected in (
+            ("explain_trace", {}, "explain_trace: trace_id is missing; it is required"),
+            ("explain_trace", {"trace_id": "\n"}, "explain_trace: trace_id is"),
+            ("explain_trace", {"trace_id": "t", "trace": "t"}, 'there is no argument "trace"'),
+            ("health_report", {"window": "2h"}, "window is \"2h\"; it must be one of 15m, 1h, 6h, 24h, 7d"),
+            ("helth_report", {}, "did you mean health_report"),
+        ):  # fmt: skip
+            with pytest.raises(MCPError, match=re.escape(expected)):
+                await session.get_prompt(name, wrong)
+
+    anyio.run(with_sdk_client, ["--demo"], work)
+
+
+def test_a_prompt_names_only_tools_that_are_enabled() -> None:
+    async def work(session: ClientSession) -> None:
+        names = [prompt.name for prompt in (await session.list_prompts()).prompts]
+        assert names == ["investigate_incident", "triage_service", "explain_trace"]
+        for name in names:
+            text = (await session.get_prompt(name, PROMPT_ARGUMENTS[name])).messages[0].content.text  # type: ignore[union-attr]
+            mentioned = {tool for tool in GOLDEN_NAMES if re.search(rf"^\d\. {tool}: ", text, re.MULTILINE)}
+            assert mentioned <= {"query_logs", "search_logs", "get_trace"}
+            assert mentioned
+        with pytest.raises(MCPError, match="Unknown prompt"):
+            await session.get_prompt("health_report", {})
+
+    anyio.run(with_sdk_client, ["--demo", "--enabled-tools", "query_logs,search_logs,get_trace"], work)
+
+
+# ---------------------------------------------------------------- the doctor
+
+
+def steps_of(ended: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
+    """What each step of --check came to: its mark and its text."""
+    return {
+        match[2]: (match[1], match[3])
+        for match in re.finditer(r"^(ok|FAIL)  +(\w+) +(.*)$", ended.stdout, re.MULTILINE)
+    }
+
+
+def test_check_is_content_with_the_sample() -> None:
+    ended = run("--demo", "--check", "--enable-write")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    steps = steps_of(ended)
+    assert list(steps) == ["settings", "url", "files", "proxy", "name", "connection", "key", "scope", "clock", "served"]
+    assert {mark for mark, _ in steps.values()} == {"ok"}
+    assert steps["scope"][1] == "tenant of the key; project shop, which the key sees"
+    assert steps["served"][1] == "51 tools: 41 read, 10 write (w); over stdio"
+    assert "obt_demo" not in ended.stdout
+
+
+def test_check_tells_what_it_sees_and_sends_nothing_but_two_gets(ca: trustme.CA, tmp_path: Path) -> None:
+    client = ca.issue_cert("client@corp.test")
+    with closing(Service(tls_server(ca.issue_cert("localhost"), ca))) as service:
+        key_file = tmp_path / "key"
+        key_file.write_text(KEY)
+        ended = run(
+            "--check", OBTRACE_URL=f"https://localhost:{service.port}", OBTRACE_API_KEY_FILE=str(key_file),
+            OBTRACE_TLS_CA_CERT=pem(tmp_path, "ca.pem", ca.cert_pem), OBTRACE_TENANT_ID="t-1", OBTRACE_PROJECT_ID="p/1",
+            OBTRACE_TLS_CLIENT_CERT=pem(tmp_path, "client.pem", *client.cert_chain_pems),
+            OBTRACE_TLS_CLIENT_KEY=pem(tmp_path, "client.key", client.private_key_pem), OBTRACE_APIKEY="typo",
+        )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout
+    steps = steps_of(ended)
+    assert "OBTRACE_API_KEY_FILE, OBTRACE_PROJECT_ID, OBTRACE_TENANT_ID, " in steps["settings"][1]
+    assert steps["settings"][1].endswith("from the environment, the rest by default; unknown, so without effect: OBTRACE_APIKEY")  # fmt: skip
+    assert re.search(r"client.pem, which matches its key, \d{3,} days left$", steps["files"][1])
+    assert re.fullmatch(r"TLSv1.3, certificate for localhost issued by [^,]*, \d{3,} days left", steps["connection"][1])
+    assert steps["key"][1] == f"accepted, from the file {key_file}"
+    assert steps["scope"][1] == "tenant t-1; project p/1, which the key sees"
+    assert [request.line for request in service.requests] == ["GET /api/v1/projects", "GET /api/v1/projects/p%2F1"]
+    assert [request.headers["X-Obtrace-Project-ID"] for request in service.requests] == [None, "p/1"]
+    assert KEY not in ended.stdout
+
+
+def dated(hours: float, status: int = 200) -> Reply:
+    """An answer of a service whose clock is wrong."""
+    date = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=hours)
+
+    def send(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response_only(status)
+        handler.send_header("Date", date.strftime("%a, %d %b %Y %H:%M:%S GMT"))
+        handler.send_header("Content-Length", "2")
+        handler.end_headers()
+        handler.wfile.write(b"{}")
+
+    return send
+
+
+def test_check_names_the_cause_and_the_remedy_of_ten_broken_set_ups(ca: trustme.CA, tmp_path: Path) -> None:
+    right = pem(tmp_path, "ca.pem", ca.cert_pem)
+    wrong = pem(tmp_path, "wrong.pem", trustme.CA().cert_pem)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    days = datetime.timedelta(days=1)
+    old = ca.issue_cert("client@corp.test", not_before=now - 3 * days, not_after=now - 2 * days)
+    old_pair = {"OBTRACE_TLS_CLIENT_CERT": pem(tmp_path, "old.pem", *old.cert_chain_pems), "OBTRACE_TLS_CLIENT_KEY": pem(tmp_path, "old.key", old.private_key_pem)}  # fmt: skip
+    with (
+        closing(Service()) as plain,
+        closing(Service(tls_server(ca.issue_cert("localhost")))) as tls,
+        closing(Service(tls_server(ca.issue_cert("localhost", not_before=now - 3 * days, not_after=now - 2 * days)))) as expired,
+        closing(socket.socket()) as nobody,
+    ):  # fmt: skip
+        nobody.bind(("127.0.0.1", 0))
+        secured = plain.environ | {"OBTRACE_URL": f"https://localhost:{tls.port}", "OBTRACE_TLS_CA_CERT": right}
+        refused = reply('{"error":"no such key"}', 401)
+        for environ, replies, step, cause, remedy in (
+            ({"OBTRACE_API_KEY": ""}, [], "settings", "OBTRACE_API_KEY is not set", "set it, or name a file"),
+            ({"OBTRACE_API_KEY": "${KEY}"}, [], "settings", "contains ${KEY}, which the MCP client did not expand", "set the variable"),
+            ({"OBTRACE_TLS_CLIENT_KEY": right}, [], "files", "OBTRACE_TLS_CLIENT_KEY is set but OBTRACE_TLS_CLIENT_CERT is not", "set both or neither"),
+            (old_pair, [], "files", "old.pem has expired", "renew it"),
+            ({"OBTRACE_URL": "https://obtrace.invalid"}, [], "name", "obtrace.invalid: a host name cannot be resolved", "check OBTRACE_URL"),
+            ({"OBTRACE_URL": f"http://127.0.0.1:{nobody.getsockname()[1]}"}, [], "connection", "the connection was refused", "check the host and port"),
+            (secured | {"OBTRACE_TLS_CA_CERT": wrong}, [], "connection", "comes from an unknown CA", "name that CA in OBTRACE_TLS_CA_CERT"),
+            (secured | {"OBTRACE_URL": f"https://localhost:{expired.port}"}, [], "connection", "has expired", "it must be renewed"),
+            ({"OBTRACE_URL": f"https://localhost:{plain.port}"}, [], "connection", "does not speak TLS there", "check the port"),
+            ({}, [refused], "key", "the API key in OBTRACE_API_KEY was not accepted", "its owner must check it"),
+            ({"OBTRACE_PROJECT_ID": "theirs"}, [reply("{}"), reply('{"error":"no"}', 403)], "scope", "OBTRACE_PROJECT_ID theirs, tenant of the key: the key does not see it", "check project_id"),
+            ({}, [dated(-1)], "clock", "this machine's is 3600 s ahead of", "set it, for example with NTP"),
+            ({}, [dated(1)], "clock", "behind the service's", "set it"),
+        ):  # fmt: skip
+            plain.replies = list(replies)
+            ended = run("--check", **(plain.environ | environ))
+            assert (ended.returncode, ended.stderr) == (1, ""), cause
+            (failed,) = [(name, said) for name, (mark, said) in steps_of(ended).items() if mark == "FAIL"]
+            assert failed[0] == step, ended.stdout
+            assert cause in failed[1].replace("3599", "3600").replace("3601", "3600")
+            assert remedy in failed[1]
+            assert KEY not in ended.stdout
+            assert ended.stdout.splitlines()[-1].startswith("not checked: ")
+
+
+def test_check_goes_through_the_proxy_that_it_names(service: Service) -> None:
+    with proxy(service.port) as (port, heads):
+        environ = {"OBTRACE_URL": "http://obtrace.test", "OBTRACE_API_KEY": KEY, "OBTRACE_TLS_INSECURE": "true", "HTTP_PROXY": f"http://user:hunter2@127.0.0.1:{port}"}  # fmt: skip
+        ended = run("--check", **environ)
+    steps = steps_of(ended)
+    assert steps["proxy"] == ("ok", f"http://127.0.0.1:{port}, from HTTP_PROXY")
+    assert steps["name"][1] == "127.0.0.1 is 127.0.0.1"
+    assert "certificates are NOT verified (OBTRACE_TLS_INSECURE)" in steps["url"][1]
+    assert "hunter2" not in ended.stdout
+    assert heads[0].startswith("GET http://obtrace.test/api/v1/projects HTTP/1.1")
+
+
+# ---------------------------------------------------------------- the sockets it opens
+
+AUDITED = """
+import runpy, sys
+def hook(event, arguments):
+    if event in ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"):
+        print("AUDIT", event, arguments[1], file=sys.stderr, flush=True)
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.getnameinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"):
+        print("AUDIT", event, arguments[:2], file=sys.stderr, flush=True)
+sys.addaudithook(hook)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Audited(Process):
+    """The program with every socket and process that it opens told on standard error."""
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, "-c", AUDITED, str(HERE / "obtrace_mcp.py"), *arguments]
+
+
+def test_it_opens_no_connection_but_to_the_service(service: Service) -> None:
+    with closing(Audited(**service.environ)) as process:
+        process.ask("tools/list")
+        process.ask("prompts/list")
+        for tool, arguments, _, _ in GOLDEN:
+            process.call(tool, **arguments)
+        status, errors = process.end()
+    assert status == 0
+    assert len(service.requests) > 35
+    asked = {f"AUDIT socket.connect ('127.0.0.1', {service.port})", f"AUDIT socket.getaddrinfo ('127.0.0.1', {service.port})"}  # fmt: skip
+    assert set(errors.splitlines()) == asked
+
+
+def test_behind_a_proxy_it_asks_for_no_other_name_and_connects_to_nothing_else(service: Service) -> None:
+    with proxy(service.port) as (port, _):
+        environ = {"OBTRACE_URL": "https://obtrace.test", "OBTRACE_API_KEY": KEY, "HTTPS_PROXY": f"http://127.0.0.1:{port}"}  # fmt: skip
+        for arguments in (("--check",), ("--call", "list_teams")):
+            with closing(Audited(*arguments, handshake=False, **environ)) as process:
+                _, errors = process.end()
+            told = {line for line in errors.splitlines() if line.startswith("AUDIT")}
+            assert told == {f"AUDIT socket.connect ('127.0.0.1', {port})", f"AUDIT socket.getaddrinfo ('127.0.0.1', {port})"}  # fmt: skip
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -2685,7 +2934,9 @@ def test_list_tools_needs_no_variable_and_marks_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["--list-tools"], ["--demo", "--call", "list_teams"]], ids=" ".join
+    "arguments",
+    [["--help"], ["--version"], ["--list-tools"], ["--demo", "--call", "list_teams"], ["--demo", "--check"]],
+    ids=" ".join,
 )
 def test_what_answers_without_a_client_does_not_load_the_sdk(arguments: list[str]) -> None:
     code = f"import sys, obtrace_mcp\ntry: obtrace_mcp.main({arguments!r})\nexcept SystemExit: pass\nprint(sorted({{m.partition('.')[0] for m in sys.modules}} & {{'mcp', 'mcp_types', 'pydantic', 'anyio', 'starlette', 'uvicorn', 'asyncio'}}), file=sys.stderr)"  # fmt: skip
