@@ -1197,6 +1197,7 @@ def _check_functions(tokens: Sequence[Token]) -> None:
 
 MAX_BODY = 16 * 1024 * 1024  # bytes of an answer, as sent and as decompressed
 CALLS_AT_ONCE = 32  # fewer than anyio's 40 threads, two of which carry stdin and stdout
+CONNECT_TIMEOUT = 10.0  # seconds; until then a call that nobody waits for any more cannot be ended
 MAX_IDLE = 30.0  # seconds that a connection is kept; balancers commonly drop one after 60
 RETRY_STATUSES = {429, 502, 503, 504}
 RETRY_DELAYS = (0.25, 0.5, 1.0)  # seconds before the second, third and last attempt of a GET
@@ -1418,7 +1419,7 @@ class Transport(urllib.request.BaseHandler):
             idle.connection.close()
 
     def _connect(self, request: HTTPRequest) -> http.client.HTTPConnection:
-        timeout = request.call.remaining()
+        timeout = min(CONNECT_TIMEOUT, request.call.remaining())
         tunnel: str | None = getattr(request, "_tunnel_host", None)
         if request.type == "http" and not tunnel:
             return http.client.HTTPConnection(request.host, timeout=timeout)
@@ -1429,13 +1430,22 @@ class Transport(urllib.request.BaseHandler):
             connection.set_tunnel(tunnel, headers={PROXY_CREDENTIALS: credentials} if credentials else {})
         return connection
 
+    def _open(self, connection: http.client.HTTPConnection, call: Call) -> None:
+        try:
+            connection.connect()
+        except TimeoutError:
+            call.remaining()  # raises when the whole time is over
+            raise ConnectionError(
+                f"no connection within {CONNECT_TIMEOUT:g} s; check the host and port in OBTRACE_URL and the proxy variables"
+            ) from None
+        call.use(connection)
+
     def _exchange(self, connection: http.client.HTTPConnection, request: HTTPRequest) -> http.client.HTTPResponse:
         request.connection = connection
         request.call.use(connection)
         try:
             if connection.sock is None:
-                connection.connect()
-                request.call.use(connection)
+                self._open(connection, request.call)
                 if isinstance(connection.sock, ssl.SSLSocket):
                     self.peer = connection.sock.version() or "", connection.sock.getpeercert()
             connection.sock.settimeout(request.call.remaining())
@@ -2180,12 +2190,29 @@ def build_server(toolbox: Toolbox) -> Server[Any]:
             yield
             tasks.cancel_scope.cancel()
 
+    @contextlib.asynccontextmanager
+    async def while_there(context: Any) -> AsyncIterator[None]:
+        left = context.request.scope.get("left") if context.request else None
+        if left is None:  # stdio, SSE and the newer era see to it themselves
+            yield
+            return
+
+        async def cancel_when_left() -> None:
+            await left.wait()
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(cancel_when_left)
+            yield
+            tasks.cancel_scope.cancel()
+
     async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         if params.name not in TOOL_NAMES:
             raise MCPError(
                 types.INVALID_PARAMS, f"Unknown tool: {_quote(params.name)}{_nearest(params.name, toolbox.tools)}"
             )
-        async with reporting(context), turns:
+        outcome = Outcome("the caller left", failed=True)
+        async with while_there(context), reporting(context), turns:
             call = Call(toolbox.client.config.timeout)
             headers = context.request.headers.items() if context.request else ()  # none over stdio
             try:
@@ -2405,8 +2432,8 @@ class Door:
             return 503, "this server cannot read its own token; its operator must check OBTRACE_MCP_TOKEN_FILE"
         if not _is_bearer(headers.getlist("authorization"), token):
             return 401, "this server wants its token (OBTRACE_MCP_TOKEN) as Authorization: Bearer TOKEN"
-        if token in headers.getlist(CALLER_HEADERS[0]):
-            return 400, f"{CALLER_HEADERS[0]} holds the token of this server; it takes an API key of Obtrace"
+        if any(value.strip() == token for name in CALLER_HEADERS for value in headers.getlist(name)):
+            return 400, f"the token of this server is not for Obtrace; {', '.join(CALLER_HEADERS)} must not hold it"
         return None
 
     def _is_ours(self, value: str, scheme: str = "") -> bool:
@@ -2437,6 +2464,7 @@ def parse_hosts(value: str) -> list[str]:
     for index, host in enumerate(hosts):
         with contextlib.suppress(ValueError):
             hosts[index] = f"[{ipaddress.IPv6Address(host)}]"
+        hosts[index] = re.sub(r":(80|443)$", "", hosts[index])  # which clients leave out
         if not re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", hosts[index], re.ASCII):
             raise ConfigError(
                 f"--allowed-hosts has {_quote(host)}; use host names or addresses, each with or without a port"
@@ -2492,8 +2520,6 @@ def run_http(server: Server[Any], transport: str, door: Door, sockets: list[sock
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    for number in SIGNALS:  # uvicorn raises them again when it has shut down
-        signal.signal(number, lambda *_: leave(0))
 
     async def serve() -> None:
         async with (sse_routes if transport == "sse" else streamable_routes)(server) as routes:
@@ -2512,13 +2538,48 @@ def run_http(server: Server[Any], transport: str, door: Door, sockets: list[sock
 @contextlib.asynccontextmanager
 async def streamable_routes(server: Server[Any]) -> AsyncIterator[dict[str, ASGIApp]]:
     """`/mcp`, for both eras of the protocol, with sessions in the older one."""
+    import anyio
     from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+    from mcp.server.transport_security import RequestBodyLimitMiddleware
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
 
     manager = StreamableHTTPSessionManager(
         server, max_request_body_size=MAX_REQUEST, max_sessions=MAX_SESSIONS, session_idle_timeout=MAX_SESSION_IDLE
     )
+    flights: set[tuple[str, str]] = set()  # the SDK finds the stream for an answer by session and id alone
+
+    async def exchange(scope: Scope, receive: Receive, send: Send) -> None:
+        session = Headers(scope=scope).get("mcp-session-id")
+        if scope["method"] != "POST" or session is None:
+            return await manager.handle_request(scope, receive, send)
+        messages = [await receive()]  # the whole body: the limit below has seen to that
+
+        async def replay() -> Any:
+            return messages.pop() if messages else await receive()
+
+        flight = (session, _request_id(messages[0].get("body", b"")))
+        if flight in flights:
+            said = "this id is that of a request in flight in the same session; use another\n"
+            return await PlainTextResponse(said, 400)(scope, receive, send)
+        left = scope["left"] = anyio.Event()
+        if flight[1]:
+            flights.add(flight)
+        try:
+            await manager.handle_request(scope, replay, send)
+        finally:
+            flights.discard(flight)
+            left.set()
+
     async with manager.run():
-        yield {"/mcp": manager.handle_request}
+        yield {"/mcp": RequestBodyLimitMiddleware(exchange, MAX_REQUEST)}
+
+
+def _request_id(body: bytes) -> str:
+    """The id of a JSON-RPC request as the SDK compares it; empty when there is none."""
+    with contextlib.suppress(ValueError, RecursionError, AttributeError):
+        return str(json.loads(body).get("id", ""))
+    return ""
 
 
 @contextlib.asynccontextmanager
@@ -2562,6 +2623,11 @@ def patient_protocol() -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self.watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.conn.their_state is h11.SEND_BODY:  # the next request came with the last one, but not all of it
+                self.watch()
 
         def watch(self) -> None:
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is there
@@ -3134,8 +3200,8 @@ def run(options: argparse.Namespace) -> int:
         return call_once(toolbox, *options.call)
     door = Door(options.allowed_hosts, caller_token(config)) if over_http else None
     sockets = listen(options.addr, door.token) if door else []
-    for number in SIGNALS:  # until the event loop takes them over
-        signal.signal(number, lambda number, _: leave(128 + number))
+    for number in SIGNALS:  # until the event loop takes them over; uvicorn raises them again when it has shut down
+        signal.signal(number, lambda number, _: leave(0 if door else 128 + number))
     gc.disable()  # what the SDK's imports make stays; to look through it again and again is 5 to 10 per cent of the start
     server = build_server(toolbox)
     gc.freeze()

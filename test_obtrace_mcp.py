@@ -2358,7 +2358,10 @@ def test_the_token_never_reaches_the_service_nor_the_key_the_door(service: Servi
         headers = {"Authorization": f"Bearer {TOKEN}"}
         assert server.tool("list_teams", headers) == ('{"ok":true}', False)
         assert server.http("GET", "/mcp", {"Authorization": f"Bearer {KEY}"}).status == 401
-        assert server.http("GET", "/mcp", headers | {"X-Obtrace-API-Key": TOKEN}).status == 400
+        for name in ("X-Obtrace-API-Key", "X-Obtrace-Tenant-ID", "x-obtrace-project-id"):
+            for value in (TOKEN, f"\xa0{TOKEN}", f"{TOKEN}\x85"):
+                own = {"X-Obtrace-API-Key": "key-of-ann", name: value}
+                assert server.http("GET", "/mcp", headers | own).status == 400, (name, value)
         assert server.http("GET", "/mcp", {"X-Obtrace-API-Key": TOKEN}).status == 401
     assert len(service.requests) == 1
     assert TOKEN not in str(service.requests[0].headers)
@@ -2586,6 +2589,81 @@ def test_a_2026_caller_that_leaves_ends_his_call_upstream(service: Service) -> N
         assert left.wait(PATIENCE / 2)  # the call itself would go on for longer
 
 
+INITIALIZE = json.dumps(
+    {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}}
+).encode()  # fmt: skip
+
+
+def session_of(server: Web) -> dict[str, str]:
+    """The headers of a new session."""
+    heard = server.http("POST", "/mcp", JSON_OR_STREAM, INITIALIZE)
+    return JSON_OR_STREAM | {"Mcp-Session-Id": heard.headers["Mcp-Session-Id"], "MCP-Protocol-Version": "2025-11-25"}
+
+
+def test_an_id_in_flight_is_not_taken_twice_in_a_session(service: Service) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def wait(handler: http.server.BaseHTTPRequestHandler) -> None:
+        begun.set()
+        go.wait(PATIENCE)
+        reply(json.dumps(handler.headers["Authorization"]))(handler)
+
+    service.replies = [wait]
+    body = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "list_teams"}}
+    heard = []
+    with web(**service.environ) as server:
+        session = session_of(server)
+        ann, bob = (session | {"X-Obtrace-API-Key": f"key-of-{name}"} for name in ("ann", "bob"))
+        with background(lambda: heard.append(server.http("POST", "/mcp", ann, json.dumps(body).encode()))):
+            assert begun.wait(PATIENCE)
+            for other in (7, "7"):
+                assert server.http("POST", "/mcp", bob, json.dumps(body | {"id": other}).encode()).status == 400
+            go.set()
+        assert "[API key removed]" in heard[0].text  # her own, echoed
+        assert server.http("POST", "/mcp", bob, json.dumps(body).encode()).status == 200
+    assert len(service.requests) == 2
+
+
+def test_a_session_s_caller_that_leaves_ends_his_call_upstream(service: Service) -> None:
+    begun, left = threading.Event(), threading.Event()
+    service.replies = [until_left(begun, left)]
+    body = json.dumps({"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "list_teams"}})
+    with web(**service.environ) as server, closing(server.connect()) as caller:
+        caller.request("POST", "/mcp", body, session_of(server))
+        assert begun.wait(PATIENCE)
+        assert not left.is_set()
+        caller.sock.shutdown(socket.SHUT_RDWR)
+        assert left.wait(PATIENCE / 2)
+
+
+def test_a_service_that_does_not_take_the_connection_is_given_up(tmp_path: Path) -> None:
+    with closing(socket.socket()) as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        fill = [socket.socket() for _ in range(3)]
+        for sock in fill:
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        ended = run("--call", "list_teams", OBTRACE_URL=f"http://127.0.0.1:{full.getsockname()[1]}", OBTRACE_API_KEY=KEY)  # fmt: skip
+        for sock in fill:
+            sock.close()
+    assert ended.returncode == 1
+    assert "no connection within 10 s; check the host and port in OBTRACE_URL" in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_just_after_the_start_is_a_clean_end_too(number: signal.Signals) -> None:
+    for _ in range(5):
+        command = [sys.executable, str(HERE / "obtrace_mcp.py"), "--demo", "--transport", "sse", "--addr", ":0"]
+        with subprocess.Popen(command, env=clean_environ(), stderr=subprocess.PIPE, bufsize=0) as process:
+            assert process.stderr
+            while b"serves" not in process.stderr.readline():
+                pass
+            process.send_signal(number)
+            assert process.wait(PATIENCE) == 0
+            assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_with_calls_in_flight(service: Service, transport: str, number: signal.Signals) -> None:
@@ -2617,20 +2695,25 @@ def test_a_silent_or_slow_client_is_cut_off_and_keeps_nobody_waiting() -> None:
         for sock in silent[20:30]:
             sock.sendall(b"POST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")  # fmt: skip
         for sock in silent[30:]:
-            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /heal")
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nPOST /mcp HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")  # fmt: skip
         assert server.tool("list_teams")[1] is False
-        drips = 0
-        for sock in silent[:30]:
+        for sock in silent:
             sock.settimeout(0.2)
-            while drips < 10 * PATIENCE:
-                drips += 1
-                with suppress(TimeoutError):
-                    assert sock.recv(1000) in (b"",)
-                    break
-                with suppress(OSError):
+        end = time.monotonic() + PATIENCE
+        waiting = set(silent)
+        while waiting:
+            assert time.monotonic() < end
+            for sock in list(waiting):
+                try:
                     if sock in silent[10:30]:
                         sock.sendall(b"x")  # each byte in time, the whole never
-        assert drips < 10 * PATIENCE
+                    if not sock.recv(1000, socket.MSG_DONTWAIT):
+                        waiting.remove(sock)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    waiting.remove(sock)
+            time.sleep(0.2)
         for sock in silent:
             sock.close()
         assert server.tool("list_teams")[1] is False
@@ -2638,8 +2721,6 @@ def test_a_silent_or_slow_client_is_cut_off_and_keeps_nobody_waiting() -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_sessions_are_bounded(transport: str) -> None:
-    client = {"name": "test", "version": "1"}
-    initialize = json.dumps({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": client}}).encode()  # fmt: skip
     with web("--demo", transport=transport) as server:
         streams = []
         status = []
@@ -2649,7 +2730,7 @@ def test_sessions_are_bounded(transport: str) -> None:
                 streams[-1].request("GET", "/sse")
                 status.append(streams[-1].getresponse().status)
             else:
-                status.append(server.http("POST", "/mcp", JSON_OR_STREAM, initialize).status)
+                status.append(server.http("POST", "/mcp", JSON_OR_STREAM, INITIALIZE).status)
         assert status == [200] * 1000 + [503]
         if transport == "sse":
             streams[0].close()
@@ -2695,9 +2776,10 @@ def test_addr_is_host_and_port(value: str, expected: tuple[str, int]) -> None:
 
 
 def test_allowed_hosts_are_written_as_a_host_header_writes_them() -> None:
-    assert program.parse_hosts(" A.test ,b.test:81,, ::1,[FE80::1]:9") == [
+    assert program.parse_hosts(" A.test ,b.test:81,c.test:443,, ::1,[FE80::1]:9") == [
         "a.test",
         "b.test:81",
+        "c.test",
         "[::1]",
         "[fe80::1]:9",
     ]
