@@ -64,7 +64,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import asyncio
 
+    import mcp_types as types
+    from anyio.abc import TaskGroup
+    from anyio.streams.memory import MemoryObjectSendStream
     from mcp.server.lowlevel import Server
+    from mcp.shared.message import SessionMessage
     from starlette.datastructures import Headers
     from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -1986,10 +1990,8 @@ class Prompt:
         if not self.steps.keys() <= TOOL_NAMES.keys() or any(TOOL_NAMES[name].write for name in self.steps):
             raise TypeError(f"{self.name}: a step is no tool that reads")
 
-    def listing(self, tools: Mapping[str, Tool]) -> dict[str, Any] | None:
-        """The prompt as `prompts/list` shows it; None when none of its tools is enabled."""
-        if tools.keys().isdisjoint(self.steps):
-            return None
+    def listing(self) -> dict[str, Any]:
+        """The prompt as `prompts/list` shows it."""
         arguments = [
             {"name": name, "description": arg.description or f"one of {', '.join(arg.enum)}; default {arg.default}", "required": arg.required}
             for name, arg in self.args.items()
@@ -2158,107 +2160,135 @@ class Toolbox:
 def build_server(toolbox: Toolbox) -> Server[Any]:
     """The SDK's low-level server over the toolbox; raises ConfigError when the SDK is not there."""
     try:
-        import anyio
-        import anyio.to_thread
-        import mcp_types as types
-        from mcp import MCPError
         from mcp.server.lowlevel import Server
+
+        handlers = Handlers(toolbox)
     except ImportError as error:
         raise ConfigError(
             f"the package mcp 2.3 or newer, but not 3, is needed ({error}); install it with: pip install 'mcp>=2.3,<3' certifi"
         ) from None
+    server: Server[Any] = Server(
+        "mcp-obtrace",
+        version=__version__,
+        instructions=toolbox.instructions(),
+        on_list_tools=handlers.list_tools,
+        on_call_tool=handlers.call_tool,
+        on_list_prompts=handlers.list_prompts,
+        on_get_prompt=handlers.get_prompt,
+    )
+    server.middleware.clear()  # its OpenTelemetry spans: what is asked here is nobody else's to collect
+    return server
 
-    listing = types.ListToolsResult.model_validate({"tools": [tool.listing() for tool in toolbox.tools.values()]})
-    turns = anyio.Semaphore(CALLS_AT_ONCE, fast_acquire=True)
 
-    async def list_tools(context: Any, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
-        return listing
+class Handlers:
+    """What the server answers to each request of the protocol."""
 
-    async def report_progress(context: Any) -> None:
-        for beats in itertools.count(1):
-            await anyio.sleep(PROGRESS_EVERY)
-            seconds = beats * PROGRESS_EVERY
-            await context.session.report_progress(seconds, message=f"waiting for Obtrace for {seconds:g} s")
+    def __init__(self, toolbox: Toolbox) -> None:
+        import anyio
+        import mcp_types as types
 
-    @contextlib.asynccontextmanager
-    async def reporting(context: Any) -> AsyncIterator[None]:
-        if not context.meta or "progress_token" not in context.meta:
-            yield
-            return
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(report_progress, context)
-            yield
-            tasks.cancel_scope.cancel()
+        self.toolbox = toolbox
+        self.turns = anyio.Semaphore(CALLS_AT_ONCE, fast_acquire=True)
+        self.prompts = {prompt.name: prompt for prompt in PROMPTS if not toolbox.tools.keys().isdisjoint(prompt.steps)}
+        tools, prompts = ([row.listing() for row in rows.values()] for rows in (toolbox.tools, self.prompts))
+        self.tool_listing = types.ListToolsResult.model_validate({"tools": tools})
+        self.prompt_listing = types.ListPromptsResult.model_validate({"prompts": prompts})
 
-    @contextlib.asynccontextmanager
-    async def while_there(context: Any) -> AsyncIterator[None]:
-        left = context.request.scope.get("left") if context.request else None
-        if left is None:  # stdio, SSE and the newer era see to it themselves
-            yield
-            return
+    async def list_tools(self, context: Any, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+        """The tools that the operator chose."""
+        return self.tool_listing
 
-        async def cancel_when_left() -> None:
-            await left.wait()
-            tasks.cancel_scope.cancel()
+    async def list_prompts(self, context: Any, params: types.PaginatedRequestParams | None) -> types.ListPromptsResult:
+        """The prompts that these tools can serve."""
+        return self.prompt_listing
 
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(cancel_when_left)
-            yield
-            tasks.cancel_scope.cancel()
+    async def get_prompt(self, context: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
+        """One prompt, filled in."""
+        import mcp_types as types
+        from mcp import MCPError
 
-    async def call_tool(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
-        if params.name not in TOOL_NAMES:
-            raise MCPError(
-                types.INVALID_PARAMS, f"Unknown tool: {_quote(params.name)}{_nearest(params.name, toolbox.tools)}"
-            )
-        outcome = Outcome("the caller left", failed=True)
-        async with while_there(context), reporting(context), turns:
-            call = Call(toolbox.client.config.timeout)
-            headers = context.request.headers.items() if context.request else ()  # none over stdio
-            try:
-                with anyio.fail_after(toolbox.client.config.timeout):
-                    outcome = await anyio.to_thread.run_sync(
-                        toolbox.run, params.name, params.arguments or {}, call, headers, abandon_on_cancel=True
-                    )
-            except TimeoutError:
-                outcome = toolbox.timed_out(params.name)
-            finally:
-                call.end()
-        texts = [outcome.text, outcome.note] if outcome.note else [outcome.text]
-        content = [types.TextContent(type="text", text=text) for text in texts]
-        return types.CallToolResult(content=list(content), is_error=outcome.failed)
-
-    listed = [prompt.listing(toolbox.tools) for prompt in PROMPTS]
-    prompt_listing = types.ListPromptsResult.model_validate({"prompts": [prompt for prompt in listed if prompt]})
-
-    async def list_prompts(context: Any, params: types.PaginatedRequestParams | None) -> types.ListPromptsResult:
-        return prompt_listing
-
-    async def get_prompt(context: Any, params: types.GetPromptRequestParams) -> types.GetPromptResult:
-        prompts = {prompt.name: prompt for prompt in PROMPTS if prompt.listing(toolbox.tools)}
-        if params.name not in prompts:
-            raise MCPError(
-                types.INVALID_PARAMS, f"Unknown prompt: {_quote(params.name)}{_nearest(params.name, prompts)}"
-            )
-        prompt = prompts[params.name]
+        prompt = self.prompts.get(params.name)
+        if prompt is None:
+            said = f"Unknown prompt: {_quote(params.name)}{_nearest(params.name, self.prompts)}"
+            raise MCPError(types.INVALID_PARAMS, said)
         try:
-            text = prompt.text(params.arguments or {}, toolbox.tools)
+            text = prompt.text(params.arguments or {}, self.toolbox.tools)
         except ObtraceError as error:
             raise MCPError(types.INVALID_PARAMS, visible(str(error))) from None
         message = types.PromptMessage(role="user", content=types.TextContent(type="text", text=text))
         return types.GetPromptResult(description=prompt.description, messages=[message])
 
-    server: Server[Any] = Server(
-        "mcp-obtrace",
-        version=__version__,
-        instructions=toolbox.instructions(),
-        on_list_tools=list_tools,
-        on_call_tool=call_tool,
-        on_list_prompts=list_prompts,
-        on_get_prompt=get_prompt,
-    )
-    server.middleware.clear()  # its OpenTelemetry spans: what is asked here is nobody else's to collect
-    return server
+    async def call_tool(self, context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
+        """One call, when its turn has come."""
+        import mcp_types as types
+        from mcp import MCPError
+
+        if params.name not in TOOL_NAMES:
+            said = f"Unknown tool: {_quote(params.name)}{_nearest(params.name, self.toolbox.tools)}"
+            raise MCPError(types.INVALID_PARAMS, said)
+        headers = context.request.headers.items() if context.request else ()  # none over stdio
+        outcome = Outcome("the caller left", failed=True)
+        async with while_there(context), reporting(context), self.turns:
+            outcome = await self._run(params.name, params.arguments or {}, headers)
+        texts = [outcome.text, outcome.note] if outcome.note else [outcome.text]
+        content = [types.TextContent(type="text", text=text) for text in texts]
+        return types.CallToolResult(content=list(content), is_error=outcome.failed)
+
+    async def _run(self, name: str, arguments: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> Outcome:
+        import anyio
+        import anyio.to_thread
+
+        seconds = self.toolbox.client.config.timeout
+        call = Call(seconds)
+        try:
+            with anyio.fail_after(seconds):
+                return await anyio.to_thread.run_sync(
+                    self.toolbox.run, name, arguments, call, headers, abandon_on_cancel=True
+                )
+        except TimeoutError:
+            return self.toolbox.timed_out(name)
+        finally:
+            call.end()
+
+
+@contextlib.asynccontextmanager
+async def reporting(context: Any) -> AsyncIterator[None]:
+    """Tell a client that asked for it that the call goes on."""
+    import anyio
+
+    async def report() -> None:
+        for beats in itertools.count(1):
+            await anyio.sleep(PROGRESS_EVERY)
+            seconds = beats * PROGRESS_EVERY
+            await context.session.report_progress(seconds, message=f"waiting for Obtrace for {seconds:g} s")
+
+    if not context.meta or "progress_token" not in context.meta:
+        yield
+        return
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(report)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def while_there(context: Any) -> AsyncIterator[None]:
+    """Go on for as long as the client waits on the connection that it called over."""
+    import anyio
+
+    left = context.request.scope.get("left") if context.request else None
+    if left is None:  # over stdio, SSE and in the newer era the SDK sees to it
+        yield
+        return
+
+    async def cancel_when_left() -> None:
+        await left.wait()
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cancel_when_left)
+        yield
+        tasks.cancel_scope.cancel()
 
 
 def run_stdio(server: Server[Any]) -> NoReturn:
@@ -2296,84 +2326,113 @@ def leave(status: int) -> NoReturn:
 
 
 async def serve_stdio(server: Server[Any]) -> None:
-    """Run the server over the SDK's stdio transport, with what that leaves undone.
-
-    The SDK lets the first request decide for one protocol era; here each era has a lane of its
-    own, so a client may probe with `server/discover` and then `initialize`. A line that is no
-    JSON-RPC is answered, and after the end of input the calls in flight have DRAIN seconds.
-    """
-    import asyncio
-
+    """Run the server over the SDK's stdio transport, with what that leaves undone."""
     import anyio
-    import mcp_types as types
-    from anyio.streams.memory import MemoryObjectSendStream
     from mcp.server.stdio import stdio_server
-    from mcp.shared.message import SessionMessage
-
-    ended = anyio.Event()
-    waiting: set[str] = set()  # ids as text: the SDK takes 7 and "7" for the same
-    eras: list[bool] = []  # the era of the client's first request, and then the other one, if it comes
-    others: list[MemoryObjectSendStream[SessionMessage | Exception]] = []  # the lane of the other one
-
-    async def is_own(item: SessionMessage | Exception) -> bool:
-        """Whether the first lane gets the item; else it is answered here, or led to the other lane."""
-        if isinstance(item, Exception):
-            await outgoing.send(SessionMessage(_no_jsonrpc(item)))
-            return False
-        message = item.message
-        if isinstance(message, types.JSONRPCRequest):
-            waiting.add(str(message.id))
-            meta = (message.params or {}).get("_meta")
-            modern = (
-                isinstance(meta, dict) and types.PROTOCOL_VERSION_META_KEY in meta and message.method != "initialize"
-            )
-            if modern not in eras:
-                eras.append(modern)
-                if len(eras) == 2:
-                    lane, inbox = anyio.create_memory_object_stream[SessionMessage | Exception](math.inf)
-                    others.append(lane)
-                    tasks.start_soon(server.run, inbox, Outlet(), server.create_initialization_options())
-            if modern == eras[0]:
-                return True
-        elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
-            waiting.discard(str((message.params or {}).get("requestId")))
-        for lane in others:
-            lane.send_nowait(item)
-        return not isinstance(message, types.JSONRPCRequest)
-
-    async def inlet() -> AsyncIterator[SessionMessage | Exception]:
-        async for item in incoming:
-            if await is_own(item):
-                yield item
-        ended.set()
-        asyncio.get_running_loop().call_later(DRAIN + 0.5, leave, 0)  # whoever does not read his answers
-        with anyio.move_on_after(DRAIN):
-            while waiting:
-                await anyio.sleep(0.01)
-        for lane in others:
-            lane.close()
-
-    class Outlet(anyio.abc.ObjectSendStream[SessionMessage]):
-        async def send(self, item: SessionMessage) -> None:
-            await outgoing.send(item)
-            if isinstance(item.message, types.JSONRPCResponse | types.JSONRPCError):
-                waiting.discard(str(item.message.id))
-
-        async def aclose(self) -> None:
-            pass  # the other lane may still write
-
-    async def leave_with_client() -> None:
-        try:
-            await ended.wait()
-        except anyio.get_cancelled_exc_class():
-            leave(1)  # a write failed, and the SDK would wait for a next line before it gives up
 
     async with stdio_server() as (incoming, outgoing):
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(leave_with_client)
-            lines: Any = inlet()
-            await server.run(lines, Outlet(), server.create_initialization_options())
+            lanes = Lanes(server, outgoing, tasks)
+            tasks.start_soon(lanes.leave_with_client)
+            lines: Any = lanes.inlet(incoming)
+            await server.run(lines, lanes, server.create_initialization_options())
         await outgoing.aclose()
+
+
+class Lanes:
+    """A client's messages, led to a lane of their own for each protocol era.
+
+    The SDK lets the first request decide for one era; here a client may probe with
+    `server/discover` and then `initialize`. A line that is no JSON-RPC is answered, and after
+    the end of input the calls in flight have DRAIN seconds. To the SDK it is the stream that
+    both lanes write to.
+    """
+
+    def __init__(self, server: Server[Any], outgoing: Any, tasks: TaskGroup) -> None:
+        import anyio
+
+        self.server, self.outgoing, self.tasks = server, outgoing, tasks
+        self.ended = anyio.Event()
+        self.waiting: set[str] = set()  # ids as text: the SDK takes 7 and "7" for the same
+        self.eras: list[bool] = []  # the era of the client's first request, and then the other one, if it comes
+        self.others: list[MemoryObjectSendStream[SessionMessage | Exception]] = []  # the lane of the other one
+
+    async def inlet(self, incoming: Any) -> AsyncIterator[SessionMessage | Exception]:
+        """What the first lane reads."""
+        import asyncio
+
+        import anyio
+
+        async for item in incoming:
+            if await self._is_own(item):
+                yield item
+        self.ended.set()
+        asyncio.get_running_loop().call_later(DRAIN + 0.5, leave, 0)  # whoever does not read his answers
+        with anyio.move_on_after(DRAIN):
+            while self.waiting:
+                await anyio.sleep(0.01)
+        for lane in self.others:
+            lane.close()
+
+    async def _is_own(self, item: SessionMessage | Exception) -> bool:
+        """Whether the first lane gets the item; else it is answered here, or led to the other lane."""
+        import mcp_types as types
+        from mcp.shared.message import SessionMessage
+
+        if isinstance(item, Exception):
+            await self.outgoing.send(SessionMessage(_no_jsonrpc(item)))
+            return False
+        message = item.message
+        if isinstance(message, types.JSONRPCRequest):
+            self.waiting.add(str(message.id))
+            if self._era(message) == self.eras[0]:
+                return True
+        elif isinstance(message, types.JSONRPCNotification) and message.method == "notifications/cancelled":
+            self.waiting.discard(str((message.params or {}).get("requestId")))
+        for lane in self.others:
+            lane.send_nowait(item)
+        return not isinstance(message, types.JSONRPCRequest)
+
+    def _era(self, request: types.JSONRPCRequest) -> bool:
+        """Whether the request is of the newer era; the first one of the second era opens a lane for it."""
+        import anyio
+        import mcp_types as types
+
+        meta = (request.params or {}).get("_meta")
+        modern = isinstance(meta, dict) and types.PROTOCOL_VERSION_META_KEY in meta and request.method != "initialize"
+        if modern not in self.eras:
+            self.eras.append(modern)
+            if len(self.eras) == 2:
+                lane, inbox = anyio.create_memory_object_stream[Any](math.inf)
+                self.others.append(lane)
+                self.tasks.start_soon(self.server.run, inbox, self, self.server.create_initialization_options())
+        return modern
+
+    async def send(self, item: SessionMessage) -> None:
+        """Write an answer or a notification of either lane."""
+        import mcp_types as types
+
+        await self.outgoing.send(item)
+        if isinstance(item.message, types.JSONRPCResponse | types.JSONRPCError):
+            self.waiting.discard(str(item.message.id))
+
+    async def aclose(self) -> None:
+        """Nothing: the other lane may still write."""
+
+    async def __aenter__(self) -> Lanes:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def leave_with_client(self) -> None:
+        """End the process when a write fails: the SDK would wait for a next line before it gives up."""
+        import anyio
+
+        try:
+            await self.ended.wait()
+        except anyio.get_cancelled_exc_class():
+            leave(1)
 
 
 def _no_jsonrpc(error: Exception) -> Any:
@@ -2421,8 +2480,7 @@ class Door:
             return 403, "the Origin header names no host that this server goes by (--allowed-hosts)"
         if path == HEALTH:  # probes come by address and without a token
             return None
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+        if not self._is_ours(headers.get("host", "")):  # h11 refuses a request with two
             return 421, "the Host header names no host that this server goes by (--allowed-hosts)"
         if not self.token.is_set:
             return None
