@@ -109,6 +109,11 @@ class Secret:
         """Whether it was given at all."""
         return bool(self.value or self.file)
 
+    @property
+    def path(self) -> str:
+        """The file, where it may be shown: else it may be the secret itself, put into the wrong variable."""
+        return self.file if os.path.isabs(self.file) else ""
+
     def read(self) -> str:
         """The secret as it is now; a file is read anew, so that a rotated one needs no restart."""
         if self.value and self.file:
@@ -118,8 +123,7 @@ class Secret:
     def _read_file(self) -> str:
         if not self.file:
             raise ConfigError(f"{self.name} is not set; set it, or name a file that holds it in {self.name}_FILE")
-        # a secret that was put into the wrong variable must not be printed as a path
-        name = f"{self.name}_FILE" + ("" if self.file.startswith("obt_") else f" {self.file}")
+        name = f"{self.name}_FILE{self.path and ' '}{self.path}"
         if os.path.exists(self.file) and not os.path.isfile(self.file):  # a pipe would block, and could be read once
             raise ConfigError(f"{name} is not a regular file; name a readable file that holds {self.name}")
         try:
@@ -174,6 +178,8 @@ class Config:
         api_key, tenant_id, project_id = (_caller_header(headers, name) for name in CALLER_HEADERS)
         if api_key is None:
             return self
+        if not api_key:
+            raise ConfigError(f"{CALLER_HEADERS[0]} is empty; send a key in it, or leave it out")
         secret = Secret(CALLER_HEADERS[0], _secret_value(CALLER_HEADERS[0], api_key))
         return replace(self, api_key=secret, tenant_id=tenant_id or "", project_id=project_id or "")
 
@@ -197,6 +203,15 @@ def _variable(environ: Mapping[str, str], name: str) -> str:
     if not value.isprintable():
         raise ConfigError(f"{name} contains a control or invisible character; only printable characters are accepted")
     return value
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """The OBTRACE_* variables that are set but mean nothing here, each with the one that may be meant."""
+    known = re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE)
+    if not known:  # python -OO
+        return []
+    names = sorted(name for name, value in environ.items() if name.startswith("OBTRACE_") and value.strip())
+    return [visible(name) + _nearest(name, known, 0.85) for name in names if name not in known]
 
 
 def _header_value(name: str, value: str) -> str:
@@ -882,11 +897,12 @@ def _quote(value: Any, most: int = 100) -> str:
     return shown if len(shown) <= most else shown[:most] + "..."
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def _nearest(name: str, names: Iterable[str], alike: float = 0.6) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name[:100].lower(), list(names), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    lower = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name[:100].lower(), lower, n=1, cutoff=alike)
+    return f" (did you mean {lower[close[0]]}?)" if close else ""
 
 
 # What a person cannot see but a model reads, or the other way round: control, format (bidi,
@@ -1604,6 +1620,8 @@ class Client:
         cause = _cause(error, self.config.timeout)
         if isinstance(error, BROKEN_CONNECTION) and url.scheme == "https" and not self.config.tls_client_cert:
             cause += "; should it go on, the service may want a client certificate (OBTRACE_TLS_CLIENT_CERT)"
+        if isinstance(error, BROKEN_CONNECTION) and url.scheme == "http":
+            cause += "; should it go on, the service may speak https"
         return self.scrub(f"{request.method} {request.path} got no answer from {url.netloc}: {cause}")
 
 
@@ -1614,11 +1632,19 @@ def _proxies(url: str) -> dict[str, str]:
     if is_loopback(target.hostname or "") or urllib.request.proxy_bypass(target.netloc):
         return {}
     proxy = proxies.get(target.scheme, "")
-    if "://" in proxy and not proxy.startswith("http://"):
+    if not proxy:
+        return {}
+    try:
+        where = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        host, port = where.hostname, where.port or 80
+    except ValueError:
+        host = None
+    if not host or where.scheme != "http":
         raise ConfigError(
-            f"{target.scheme.upper()}_PROXY is not an http:// proxy, the only kind that is supported; use one, or NO_PROXY"
+            f"{target.scheme.upper()}_PROXY is not an http:// proxy with a host and a port, the only kind that is supported; use one (a password's special characters %-encoded), or NO_PROXY"
         )
-    return proxies
+    user, sign, _ = where.netloc.rpartition("@")
+    return {target.scheme: f"http://{user}{sign}{f'[{host}]' if ':' in host else host}:{port}"}
 
 
 @functools.lru_cache(maxsize=100)
@@ -1709,7 +1735,7 @@ def _cause(error: Exception, timeout: float) -> str:
             (error.reason or str(error)).lower().replace("_", " "),
         )
         return f"TLS failed: {known}"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, (socket.gaierror, UnicodeError)):
         return "a host name cannot be resolved; check OBTRACE_URL, the proxy variables and the network's DNS"
     if isinstance(error, ConnectionRefusedError):
         return "the connection was refused; check the host and port in OBTRACE_URL and the proxy variables, and that the service runs"
@@ -1985,10 +2011,15 @@ class Prompt:
     args: Mapping[str, Arg]
     steps: Mapping[str, str]
     report: str
+    needs: str = ""  # the tool without which there is nothing to go by
 
     def __post_init__(self) -> None:
         if not self.steps.keys() <= TOOL_NAMES.keys() or any(TOOL_NAMES[name].write for name in self.steps):
             raise TypeError(f"{self.name}: a step is no tool that reads")
+
+    def fits(self, tools: Mapping[str, Tool]) -> bool:
+        """Whether it can be followed with these tools."""
+        return self.needs in tools if self.needs else not tools.keys().isdisjoint(self.steps)
 
     def listing(self) -> dict[str, Any]:
         """The prompt as `prompts/list` shows it."""
@@ -2029,7 +2060,7 @@ PROMPTS = [
          "search_traces": "the window, status=ERROR, that service, limit=5.",
          "get_trace": "the slowest trace that failed. Which span fails first, in which service?",
          "root_cause_analysis": 'incident_id="{incident_id}", the window. Does it agree with what you saw? Trust what you saw.'},
-        "the cause, with the evidence for it; since when and for whom; what to do now, and how to see that it helped."),
+        "the cause, with the evidence for it; since when and for whom; what to do now, and how to see that it helped.", "get_incident"),
     Prompt("triage_service", "Tell within a few calls whether a service is healthy, and if not, where it hurts.",
         'Triage the service "{service}" over the last {window}.',
         {"service": need("service.name of the service"), "window": one_of(*SPANS, default="1h")},
@@ -2058,7 +2089,7 @@ PROMPTS = [
          "query_logs": "the window, query=SELECT Timestamp, ServiceName, SeverityText, Body FROM otel_logs WHERE TraceId = '{trace_id}' ORDER BY Timestamp",
          "search_traces": "an hour before it, the same service and operation, status=OK, limit=3. How does one that went well differ?",
          "trace_stats": "an hour around it, that service, group_by=operation. Is it an exception or the rule?"},
-        "the path of the request, span by span with the time each took itself; the first failure and its cause; whether it is typical."),
+        "the path of the request, span by span with the time each took itself; the first failure and its cause; whether it is typical.", "get_trace"),
 ]
 # fmt: on
 
@@ -2189,7 +2220,7 @@ class Handlers:
 
         self.toolbox = toolbox
         self.turns = anyio.Semaphore(CALLS_AT_ONCE, fast_acquire=True)
-        self.prompts = {prompt.name: prompt for prompt in PROMPTS if not toolbox.tools.keys().isdisjoint(prompt.steps)}
+        self.prompts = {prompt.name: prompt for prompt in PROMPTS if prompt.fits(toolbox.tools)}
         tools, prompts = ([row.listing() for row in rows.values()] for rows in (toolbox.tools, self.prompts))
         self.tool_listing = types.ListToolsResult.model_validate({"tools": tools})
         self.prompt_listing = types.ListPromptsResult.model_validate({"prompts": prompts})
@@ -2469,7 +2500,10 @@ class Door:
         from starlette.responses import PlainTextResponse
 
         headers = Headers(scope=scope)
-        status, said = self.refuse(scope["path"], headers) or (404, "there is nothing here")
+        status, said = self.refuse(scope["path"], headers) or (
+            404,
+            f"there is nothing here; MCP is at {next(iter(self.routes))}",
+        )
         app = self.routes.get(scope["path"]) if status == 404 else None
         challenge = {"WWW-Authenticate": 'Bearer realm="mcp-obtrace"'} if status == 401 else None
         await (app or PlainTextResponse(f"{said}\n", status, challenge))(scope, receive, send)
@@ -2557,7 +2591,7 @@ def listen(addr: str, token: Secret) -> list[socket.socket]:
             port = sockets[0].getsockname()[1] if sockets else port  # one port, should 0 let the system choose
             dual = there.is_unspecified and family == socket.AF_INET6 and socket.has_dualstack_ipv6()
             sockets.append(socket.create_server((address[0], port), family=family, backlog=2048, dualstack_ipv6=dual))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"--addr {addr} cannot be listened on ({_reason(error).partition(' (')[0]}); use an address of this machine and a free port"
         ) from None
@@ -2979,11 +3013,10 @@ class Demo:
 
 
 def start_demo() -> Config:
-    """Start the sample service on a free loopback port, with a key of its own; returns the way to it."""
+    """Start the sample service on a free loopback port; returns the way to it. Any key that begins with obt_demo does."""
     import http.server
-    import secrets
 
-    demo, api_key = Demo(time.time_ns()), "obt_demo_" + secrets.token_hex(16)
+    demo = Demo(time.time_ns())
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -2992,7 +3025,7 @@ def start_demo() -> Config:
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, data = 401, {"error": "the API key is wrong"}
-            if self.headers.get("Authorization") == f"Bearer {api_key}":
+            if self.headers.get("Authorization", "").startswith("Bearer obt_demo"):
                 status, data = demo.answer(self.command, self.path, body)
             payload = b"" if data is None else json.dumps(data).encode()
             self.send_response(status)
@@ -3012,7 +3045,7 @@ def start_demo() -> Config:
     limits = {name: os.environ.get(name, "") for name in ("OBTRACE_TIMEOUT", "OBTRACE_MAX_RESULT_CHARS")}
     url = f"http://127.0.0.1:{server.server_address[1]}"
     return Config.from_env(
-        limits | {"OBTRACE_URL": url, "OBTRACE_API_KEY": api_key, "OBTRACE_PROJECT_ID": DEMO_PROJECT}
+        limits | {"OBTRACE_URL": url, "OBTRACE_API_KEY": "obt_demo", "OBTRACE_PROJECT_ID": DEMO_PROJECT}
     )
 
 
@@ -3025,7 +3058,10 @@ class Doctor:
     """What `--check` finds out, one step after the other; each returns what is right, or raises what is wrong."""
 
     config: Config
+    host: str
+    port: int
     client: Client
+    request: Request
     answer: Answer
 
     def __init__(self, options: argparse.Namespace, tools: Mapping[str, Tool]) -> None:
@@ -3037,12 +3073,17 @@ class Doctor:
         if self.options.demo:
             self.config = start_demo()
             return "those of the sample service (--demo)"
-        self.config = Config.from_env(os.environ)
-        known = set(re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE))
-        given = sorted(name for name, value in os.environ.items() if name.startswith("OBTRACE_") and value.strip())
-        unknown = [name for name in given if name not in known]
-        said = f"{', '.join(name for name in given if name in known)} from the environment, the rest by default"
-        return said + (f"; unknown, so without effect: {visible(', '.join(unknown))}" if unknown else "")
+        unknown = unknown_variables(os.environ)
+        note = f"; without effect: {', '.join(unknown)}" if unknown else ""
+        try:
+            self.config = Config.from_env(os.environ, wants_key=self.options.transport == "stdio")
+        except ConfigError as error:
+            raise ConfigError(f"{error}{note}") from None
+        if not self.config.api_key.is_set:  # enough to see whether somebody is there
+            self.config = replace(self.config, api_key=Secret("", "none"))
+        known = re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE)
+        given = ", ".join(name for name in known if os.environ.get(name, "").strip())
+        return f"{given} from the environment, the rest by default{note}"
 
     def url(self) -> str:
         """The base URL."""
@@ -3079,9 +3120,9 @@ class Doctor:
         self.host, self.port = target.hostname or "", target.port or {"http": 80, "https": 443}[target.scheme]
         if not proxy:
             return "none"
-        where = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        where = urllib.parse.urlsplit(proxy)
         self.host, self.port = where.hostname or "", where.port or 80
-        return f"http://{self.host}:{self.port}, from {target.scheme.upper()}_PROXY"
+        return f"http://{where.netloc.rpartition('@')[2]}, from {target.scheme.upper()}_PROXY"
 
     def name(self) -> str:
         """The addresses of the host to connect to: the proxy's if there is one."""
@@ -3093,7 +3134,7 @@ class Doctor:
 
     def connection(self) -> str:
         """A first request, and the TLS that it went over."""
-        self.answer = self._get("/api/v1/projects", "")
+        self.request, self.answer = self._get("/api/v1/projects")
         self.read_at = time.time()
         peer = self.client._transport.peer
         if peer is None:
@@ -3101,7 +3142,7 @@ class Doctor:
         version, certificate = peer
         if not certificate:
             return f"{version}, a certificate that was not verified"
-        names = ", ".join(value for _, value in certificate.get("subjectAltName", ()))
+        names = ", ".join(value for _, value in certificate.get("subjectAltName", ())) or "a name in its subject alone"
         issuer = dict(part[0] for part in certificate["issuer"])
         by = issuer.get("commonName") or issuer.get("organizationName") or "an unnamed CA"
         end = ssl.cert_time_to_seconds(certificate["notAfter"])
@@ -3109,19 +3150,27 @@ class Doctor:
 
     def key(self) -> str:
         """Whether the key is accepted, and where it comes from."""
-        self._read(self.answer, "")
         secret = self.config.api_key
-        return "accepted" + (f", from the file {secret.file}" if secret.file else "")
+        if not secret.name:
+            return "none of the server's own; each caller has to bring one, which is not checked"
+        if self.answer.status == 404:
+            raise ObtraceError("what answers is not the Obtrace API; check host, port and path in OBTRACE_URL")
+        if self.answer.status == 403:
+            return "accepted, but it may not list projects"
+        self._read(self.request, self.answer)
+        return "accepted" + (f", from the file {secret.path}" if secret.file else "")
 
     def scope(self) -> str:
         """The tenant and the project, and whether the key sees them."""
         project = self.config.project_id
         tenant = f"tenant {self.config.tenant_id or 'of the key'}"
+        if not self.config.api_key.name:
+            return "that of each caller"
         if not project:
             return f"{tenant}; any project of the key (OBTRACE_PROJECT_ID is not set)"
         try:
             path = f"/api/v1/projects/{urllib.parse.quote(project, safe='')}"
-            self._read(self._get(path, project), project)
+            self._read(*self._get(path, project))
         except ObtraceError as error:
             raise ObtraceError(f"OBTRACE_PROJECT_ID {project}, {tenant}: the key does not see it; {error}") from None
         return f"{tenant}; project {project}, which the key sees"
@@ -3130,7 +3179,7 @@ class Doctor:
         """How far this machine's clock is from the service's."""
         try:
             skew = self.read_at - parsedate_to_datetime(self.answer.headers.get("Date", "")).timestamp()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return "the service tells no time to compare with"
         said = f"this machine's is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the service's"
         if abs(skew) > MAX_SKEW:
@@ -3138,19 +3187,31 @@ class Doctor:
         return said
 
     def served(self) -> str:
-        """What would be served."""
-        where = f" at {self.options.addr}" if self.options.transport != "stdio" else ""
+        """What would be served, and whether it could be."""
+        where = ""
+        if self.options.transport != "stdio":
+            door = Door(self.options.allowed_hosts, caller_token(self.config))
+            for sock in listen(self.options.addr, door.token):
+                sock.close()
+            where = f" at {self.options.addr}, {'with' if door.token.is_set else 'without'} a token, for {', '.join(sorted(door.hosts))}"
         return f"{tool_table(self.tools).splitlines()[-1]}; over {self.options.transport}{where}"
 
-    def _get(self, path: str, project: str) -> Answer:
-        return self.client.send(Request("--check", "GET", path, project_id=project), Call(self.config.timeout))
+    def _get(self, path: str, project: str = "") -> tuple[Request, Answer]:
+        request, call = Request("--check", "GET", path, project_id=project), Call(self.config.timeout)
+        timer = threading.Timer(self.config.timeout, call.end)
+        timer.daemon = True
+        timer.start()
+        try:
+            return request, self.client.send(request, call)
+        finally:
+            timer.cancel()
 
-    def _read(self, answer: Answer, project: str) -> None:
-        data = read_answer(Request("--check", "GET", "/api/v1/projects", project_id=project), answer, self.client.scrub)
+    def _read(self, request: Request, answer: Answer) -> None:
+        data = read_answer(request, answer, self.client.scrub)
         if isinstance(data, Told):
             raise ObtraceError(f"{data} Check OBTRACE_URL.")
 
-    STEPS = (settings, url, files, proxy, name, connection, key, scope, clock, served)
+    STEPS = (settings, url, proxy, files, name, connection, key, scope, clock, served)
 
 
 def _days(end: float) -> str:
@@ -3159,18 +3220,22 @@ def _days(end: float) -> str:
 
 def check(options: argparse.Namespace, tools: Mapping[str, Tool]) -> int:
     """Say step by step what is right, up to the first thing that is wrong; returns the exit status."""
+    import importlib.metadata
     import shutil
     import textwrap
 
     doctor = Doctor(options, tools)
     width = shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 10_000
-    print(f"mcp-obtrace {__version__}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}, {sys.platform}")
+    sdk = "no MCP SDK, which serving needs"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        sdk = f"MCP SDK {importlib.metadata.version('mcp')}"
+    print(f"mcp-obtrace {__version__}, {sdk}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}, {sys.platform}")
     for index, step in enumerate(Doctor.STEPS):
         try:
             mark, said = "ok", step(doctor)
         except (ConfigError, ObtraceError) as error:
-            mark, said = "FAIL", visible(str(error))
-        line = _without_key(f"{mark:4}  {step.__name__:10}  {said}")
+            mark, said = "FAIL", str(error)
+        line = visible(_without_key(f"{mark:4}  {step.__name__:10}  {said}"))
         print(
             textwrap.fill(line, width, subsequent_indent=" " * 18, break_long_words=False, break_on_hyphens=False),
             flush=True,
@@ -3246,6 +3311,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.check:
         return check(options, tools)
+    for name in unknown_variables(os.environ):
+        if "did you mean" in name:  # others may belong to other programs
+            print(f"mcp-obtrace: there is no variable {name}", file=sys.stderr)
     over_http = options.transport != "stdio" and not options.call
     config = start_demo() if options.demo else Config.from_env(os.environ, wants_key=not over_http)
     if config.tls_insecure:
@@ -3270,7 +3338,7 @@ def run(options: argparse.Namespace) -> int:
         run_http(server, options.transport, door, sockets)
     if sys.stdin.isatty():
         print(
-            f"mcp-obtrace {__version__} serves {len(tools)} tools of {config.url} and waits for an MCP client on standard input; Ctrl-C ends it",
+            f"mcp-obtrace {__version__} serves {len(tools)} tools of {toolbox.client.scrub(config.url)} and waits for an MCP client on standard input; Ctrl-C ends it",
             file=sys.stderr,
         )
     run_stdio(server)
@@ -3287,9 +3355,12 @@ def announce(transport: str, listening: socket.socket, toolbox: Toolbox) -> None
         lines.append("mcp-obtrace: the transport sse is deprecated, and still supported; prefer streamable-http")
     if not config.api_key.is_set:
         lines.append(f"mcp-obtrace: OBTRACE_API_KEY is not set; each caller has to send a key in {CALLER_HEADERS[0]}")
-    lines.append(
-        f"mcp-obtrace {__version__} serves {len(toolbox.tools)} tools of {config.url} at {where}; Ctrl-C ends it"
-    )
+    if not is_loopback(host):
+        lines.append(
+            "mcp-obtrace: requests are answered under the names localhost, 127.0.0.1, [::1] and those of --allowed-hosts"
+        )
+    url = toolbox.client.scrub(config.url)
+    lines.append(f"mcp-obtrace {__version__} serves {len(toolbox.tools)} tools of {url} at {where}; Ctrl-C ends it")
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
@@ -3360,9 +3431,12 @@ def tool_table(tools: Mapping[str, Tool]) -> str:
 
 def _without_key(message: str) -> str:
     """A message of ours without a secret, should somebody have typed it into a flag."""
-    for name in ("OBTRACE_API_KEY", "OBTRACE_MCP_TOKEN"):
+    for variable in ("OBTRACE_API_KEY", "OBTRACE_API_KEY_FILE", "OBTRACE_MCP_TOKEN", "OBTRACE_MCP_TOKEN_FILE"):
+        name = variable.removesuffix("_FILE")
         with contextlib.suppress(ConfigError):
-            message = message.replace(Secret.from_env(os.environ, name).read(), KEY_REMOVED)
+            value = _variable(os.environ, variable)
+            for form in _written_forms((Secret(name, value) if variable == name else Secret(name, file=value)).read()):
+                message = message.replace(form, KEY_REMOVED)
     return message
 
 

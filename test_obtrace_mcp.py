@@ -699,8 +699,8 @@ FINE = {"OBTRACE_URL": "https://obtrace.test", "OBTRACE_API_KEY": KEY}
         ({"OBTRACE_API_KEY": " "}, "OBTRACE_API_KEY is not set"),
         ({"OBTRACE_API_KEY_FILE": "key"}, "OBTRACE_API_KEY and OBTRACE_API_KEY_FILE are both set"),
         (
-            {"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "no/such"},
-            "OBTRACE_API_KEY_FILE no/such cannot be read (No such file",
+            {"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "/no/such"},
+            "OBTRACE_API_KEY_FILE /no/such cannot be read (No such file",
         ),
         ({"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": str(HERE)}, "is not a regular file"),
         ({"OBTRACE_API_KEY": "${OBTRACE_API_KEY}"}, "OBTRACE_API_KEY contains ${OBTRACE_API_KEY}"),
@@ -708,6 +708,7 @@ FINE = {"OBTRACE_URL": "https://obtrace.test", "OBTRACE_API_KEY": KEY}
         ({"OBTRACE_API_KEY": "${KEY:-a/b}"}, "OBTRACE_API_KEY contains ${KEY:-a/b}"),
         ({"OBTRACE_TLS_CLIENT_KEY_PASSWORD": "a${hunter2}b"}, "OBTRACE_TLS_CLIENT_KEY_PASSWORD contains a placeholder"),
         ({"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": KEY}, "OBTRACE_API_KEY_FILE cannot be read"),
+        ({"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "hunter2/9f86"}, "OBTRACE_API_KEY_FILE cannot be read"),
         ({"OBTRACE_PROJECT_ID": ".."}, "OBTRACE_PROJECT_ID is .."),
         ({"OBTRACE_URL": "http://obtrace.test[::1]:8080"}, "OBTRACE_URL"),
         ({"OBTRACE_URL": "http://[::1].obtrace.test"}, "OBTRACE_URL"),
@@ -801,6 +802,9 @@ def test_a_wrong_start_is_one_sentence_and_status_2(tmp_path: Path) -> None:
         (("--list-tools", "--call", "list_teams"), FINE, "--call"),
         ((), FINE | {"OBTRACE_API_KEY": "${OBTRACE_KEY}"}, "${OBTRACE_KEY}"),
         ((), FINE | {"HTTPS_PROXY": "socks5://127.0.0.1:1"}, "HTTPS_PROXY is not an http:// proxy"),
+        ((), FINE | {"HTTPS_PROXY": "http://user:hunter2/55@127.0.0.1:1"}, "HTTPS_PROXY is not an http:// proxy"),
+        ((), FINE | {"HTTPS_PROXY": "/hunter2"}, "HTTPS_PROXY is not an http:// proxy"),
+        ((), FINE | {"HTTPS_PROXY": "http://[::1"}, "HTTPS_PROXY is not an http:// proxy"),
         ((), FINE | {"OBTRACE_TLS_CA_CERT": str(tmp_path / "none.pem")}, "OBTRACE_TLS_CA_CERT"),
     ):
         ended = run(*arguments, **environ)
@@ -809,6 +813,7 @@ def test_a_wrong_start_is_one_sentence_and_status_2(tmp_path: Path) -> None:
         assert ended.stderr.startswith("mcp-obtrace: ")
         assert ended.stderr.count("\n") == 1
         assert KEY not in ended.stderr
+        assert "hunter2" not in ended.stderr
 
 
 def test_the_key_file_is_read_again_for_each_request(service: Service, tmp_path: Path) -> None:
@@ -2372,12 +2377,15 @@ def test_the_token_never_reaches_the_service_nor_the_key_the_door(service: Servi
     [
         (("--addr", "0.0.0.0:0"), {}, "--addr 0.0.0.0:0 lets other machines in, and OBTRACE_MCP_TOKEN is not set"),
         (("--addr", "[::]:0"), {}, "OBTRACE_MCP_TOKEN is not set"),
+        (("--addr", "192.0.2.1:1"), {}, "OBTRACE_MCP_TOKEN is not set"),
         (("--addr", "0:0"), {"OBTRACE_MCP_TOKEN": TOKEN}, "means all interfaces; write 0.0.0.0"),
         (("--addr", "[::0]:0"), {"OBTRACE_MCP_TOKEN": TOKEN}, "means all interfaces; write 0.0.0.0"),
         (("--addr", "8000"), {}, '--addr is "8000"; use HOST:PORT, :PORT or [IPv6]:PORT'),
         (("--addr", "127.0.0.1:65536"), {}, "--addr is "),
         (("--addr", "http://127.0.0.1:1"), {}, "--addr is "),
         (("--addr", "::1:8000"), {}, "--addr is "),
+        (("--addr", "a..b:8000"), {}, "--addr a..b:8000 cannot be listened on"),
+        ((), {"OBTRACE_API_KEY_FILE": "x", "OBTRACE_TIMEOUT": KEY}, 'OBTRACE_TIMEOUT is "[API key removed]"'),
         (("--addr", "no-such-host.invalid:1"), {}, "--addr no-such-host.invalid:1 cannot be listened on"),
         (("--addr", "192.0.2.1:1"), {"OBTRACE_MCP_TOKEN": TOKEN}, "--addr 192.0.2.1:1 cannot be listened on"),
         (("--allowed-hosts", "http://obtrace.test"), {}, '--allowed-hosts has "http://obtrace.test"'),
@@ -2387,8 +2395,12 @@ def test_the_token_never_reaches_the_service_nor_the_key_the_door(service: Servi
         ((), {"OBTRACE_MCP_TOKEN": "abc"}, "OBTRACE_MCP_TOKEN holds fewer than 4"),
         ((), {"OBTRACE_MCP_TOKEN": KEY}, "OBTRACE_MCP_TOKEN is the API key"),
         ((), {"OBTRACE_MCP_TOKEN": TOKEN, "OBTRACE_MCP_TOKEN_FILE": "x"}, "are both set"),
-        ((), {"OBTRACE_MCP_TOKEN_FILE": "no/such"}, "OBTRACE_MCP_TOKEN_FILE no/such cannot be read"),
-        ((), {"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "no/such"}, "OBTRACE_API_KEY_FILE no/such cannot be read"),
+        ((), {"OBTRACE_MCP_TOKEN_FILE": "/no/such"}, "OBTRACE_MCP_TOKEN_FILE /no/such cannot be read"),
+        (
+            (),
+            {"OBTRACE_API_KEY": "", "OBTRACE_API_KEY_FILE": "/no/such"},
+            "OBTRACE_API_KEY_FILE /no/such cannot be read",
+        ),
     ],
     ids=str,
 )
@@ -2458,7 +2470,7 @@ def test_without_a_key_of_its_own_it_lists_and_serves_whoever_brings_one(service
 @pytest.mark.parametrize(
     ("headers", "expected"),
     [
-        ([("X-Obtrace-API-Key", "")], "X-Obtrace-API-Key holds fewer than 4"),
+        ([("X-Obtrace-API-Key", "")], "X-Obtrace-API-Key is empty"),
         ([("X-Obtrace-API-Key", "abc")], "X-Obtrace-API-Key holds fewer than 4"),
         ([("X-Obtrace-API-Key", "${KEY}")], "X-Obtrace-API-Key contains ${KEY}"),
         ([("X-Obtrace-API-Key", "two words")], "X-Obtrace-API-Key contains a space"),
@@ -2664,9 +2676,10 @@ def test_a_signal_just_after_the_start_is_a_clean_end_too(number: signal.Signals
             assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("mode", ["legacy", "2026-07-28"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_calls_in_flight(service: Service, transport: str, number: signal.Signals) -> None:
+def test_a_signal_ends_it_with_calls_in_flight(service: Service, transport: str, number: signal.Signals, mode: str) -> None:  # fmt: skip
     begun = threading.Event()
     service.replies = [hang(begun)]
     with web(transport=transport, **service.environ) as server:
@@ -2677,7 +2690,7 @@ def test_a_signal_ends_it_with_calls_in_flight(service: Service, transport: str,
 
         def run_client() -> None:
             with suppress(BaseException):
-                anyio.run(over_http, server.url, "legacy", work)
+                anyio.run(over_http, server.url, mode, work)
 
         with background(run_client):
             assert begun.wait(PATIENCE)
@@ -2835,12 +2848,12 @@ def test_a_prompt_names_only_tools_that_are_enabled() -> None:
         for name in names:
             text = (await session.get_prompt(name, PROMPT_ARGUMENTS[name])).messages[0].content.text  # type: ignore[union-attr]
             mentioned = {tool for tool in GOLDEN_NAMES if re.search(rf"^\d\. {tool}: ", text, re.MULTILINE)}
-            assert mentioned <= {"query_logs", "search_logs", "get_trace"}
+            assert mentioned <= {"query_logs", "search_logs", "get_trace", "get_incident"}
             assert mentioned
         with pytest.raises(MCPError, match="Unknown prompt"):
             await session.get_prompt("health_report", {})
 
-    anyio.run(with_sdk_client, ["--demo", "--enabled-tools", "query_logs,search_logs,get_trace"], work)
+    anyio.run(with_sdk_client, ["--demo", "--enabled-tools", "query_logs,search_logs,get_trace,get_incident"], work)
 
 
 # ---------------------------------------------------------------- the doctor
@@ -2858,7 +2871,7 @@ def test_check_is_content_with_the_sample() -> None:
     ended = run("--demo", "--check", "--enable-write")
     assert (ended.returncode, ended.stderr) == (0, "")
     steps = steps_of(ended)
-    assert list(steps) == ["settings", "url", "files", "proxy", "name", "connection", "key", "scope", "clock", "served"]
+    assert list(steps) == ["settings", "url", "proxy", "files", "name", "connection", "key", "scope", "clock", "served"]
     assert {mark for mark, _ in steps.values()} == {"ok"}
     assert steps["scope"][1] == "tenant of the key; project shop, which the key sees"
     assert steps["served"][1] == "51 tools: 41 read, 10 write (w); over stdio"
@@ -2878,8 +2891,8 @@ def test_check_tells_what_it_sees_and_sends_nothing_but_two_gets(ca: trustme.CA,
         )  # fmt: skip
     assert ended.returncode == 0, ended.stdout
     steps = steps_of(ended)
-    assert "OBTRACE_API_KEY_FILE, OBTRACE_PROJECT_ID, OBTRACE_TENANT_ID, " in steps["settings"][1]
-    assert steps["settings"][1].endswith("from the environment, the rest by default; unknown, so without effect: OBTRACE_APIKEY")  # fmt: skip
+    assert "OBTRACE_API_KEY_FILE, OBTRACE_TENANT_ID, OBTRACE_PROJECT_ID, " in steps["settings"][1]
+    assert steps["settings"][1].endswith("from the environment, the rest by default; without effect: OBTRACE_APIKEY (did you mean OBTRACE_API_KEY?)")  # fmt: skip
     assert re.search(r"client.pem, which matches its key, \d{3,} days left$", steps["files"][1])
     assert re.fullmatch(r"TLSv1.3, certificate for localhost issued by [^,]*, \d{3,} days left", steps["connection"][1])
     assert steps["key"][1] == f"accepted, from the file {key_file}"
@@ -2931,6 +2944,9 @@ def test_check_names_the_cause_and_the_remedy_of_ten_broken_set_ups(ca: trustme.
             ({"OBTRACE_URL": f"https://localhost:{plain.port}"}, [], "connection", "does not speak TLS there", "check the port"),
             ({}, [refused], "key", "the API key in OBTRACE_API_KEY was not accepted", "its owner must check it"),
             ({"OBTRACE_PROJECT_ID": "theirs"}, [reply("{}"), reply('{"error":"no"}', 403)], "scope", "OBTRACE_PROJECT_ID theirs, tenant of the key: the key does not see it", "check project_id"),
+            ({"HTTPS_PROXY": "http://user:hunter2#5@127.0.0.1:1", "OBTRACE_URL": "https://x.test"}, [], "proxy", "HTTPS_PROXY is not an http:// proxy", "use one"),
+            ({"OBTRACE_TIMEOUT": "1"}, [raw(b"HTTP/1.1 200 OK\r\n", *[b"X-A: b\r\n"] * 20, pause=0.3)], "connection", "the time of 1 s is over", "OBTRACE_TIMEOUT"),
+            ({}, [reply('{"error":"x"}', 404)], "key", "what answers is not the Obtrace API", "check host, port and path"),
             ({}, [dated(-1)], "clock", "this machine's is 3600 s ahead of", "set it, for example with NTP"),
             ({}, [dated(1)], "clock", "behind the service's", "set it"),
         ):  # fmt: skip
@@ -2939,10 +2955,43 @@ def test_check_names_the_cause_and_the_remedy_of_ten_broken_set_ups(ca: trustme.
             assert (ended.returncode, ended.stderr) == (1, ""), cause
             (failed,) = [(name, said) for name, (mark, said) in steps_of(ended).items() if mark == "FAIL"]
             assert failed[0] == step, ended.stdout
-            assert cause in failed[1].replace("3599", "3600").replace("3601", "3600")
+            assert cause in re.sub("(3599|360[0-9])", "3600", failed[1])
+            assert "hunter2" not in ended.stdout
             assert remedy in failed[1]
             assert KEY not in ended.stdout
             assert ended.stdout.splitlines()[-1].startswith("not checked: ")
+
+
+def test_check_tells_whether_http_could_be_served(service: Service) -> None:
+    http_flags = ("--check", "--transport", "streamable-http", "--addr")
+    keyless = {"OBTRACE_URL": service.environ["OBTRACE_URL"]}
+    ended = run(*http_flags, "127.0.0.1:0", OBTRACE_MCP_TOKEN=TOKEN, **keyless)
+    steps = steps_of(ended)
+    assert ended.returncode == 0, ended.stdout
+    assert steps["key"][1] == "none of the server's own; each caller has to bring one, which is not checked"
+    assert steps["served"][1].endswith(
+        "over streamable-http at 127.0.0.1:0, with a token, for 127.0.0.1, [::1], localhost"
+    )
+    assert TOKEN not in ended.stdout
+    ended = run(*http_flags, "0.0.0.0:0", **keyless)
+    assert (ended.returncode, steps_of(ended)["served"][0]) == (1, "FAIL")
+    assert "OBTRACE_MCP_TOKEN is not set; set it, or use 127.0.0.1" in ended.stdout
+
+
+def test_a_misspelt_variable_is_pointed_out(service: Service) -> None:
+    ended = call(service, "list_teams", OBTRACE_TIMOUT="3", OBTRACE_ZZZ="other")
+    assert ended.stderr == "mcp-obtrace: there is no variable OBTRACE_TIMOUT (did you mean OBTRACE_TIMEOUT?)\n"
+    ended = run("--check", OBTRACE_URL="https://x", OBTRACE_APIKEY=KEY)
+    failed = steps_of(ended)["settings"][1]
+    assert failed.endswith("without effect: OBTRACE_APIKEY (did you mean OBTRACE_API_KEY?)")
+    assert KEY not in ended.stdout
+
+
+def test_check_survives_an_odd_date(service: Service) -> None:
+    service.replies = [reply("{}", Date="Mon, 01 Jan 2024 00:00:00 +99999999999999999")]
+    ended = run("--check", **service.environ)
+    assert (ended.returncode, ended.stderr) in ((0, ""), (1, ""))
+    assert "clock" in steps_of(ended)
 
 
 def test_check_goes_through_the_proxy_that_it_names(service: Service) -> None:
