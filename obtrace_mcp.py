@@ -2499,12 +2499,9 @@ class Door:
         from starlette.datastructures import Headers
         from starlette.responses import PlainTextResponse
 
-        headers = Headers(scope=scope)
-        status, said = self.refuse(scope["path"], headers) or (
-            404,
-            f"there is nothing here; MCP is at {next(iter(self.routes))}",
-        )
-        app = self.routes.get(scope["path"]) if status == 404 else None
+        refused = self.refuse(scope["path"], Headers(scope=scope))
+        app = None if refused else self.routes.get(scope["path"])
+        status, said = refused or (404, f"there is nothing here; MCP is at {next(iter(self.routes))}")
         challenge = {"WWW-Authenticate": 'Bearer realm="mcp-obtrace"'} if status == 401 else None
         await (app or PlainTextResponse(f"{said}\n", status, challenge))(scope, receive, send)
 
@@ -3080,7 +3077,7 @@ class Doctor:
         except ConfigError as error:
             raise ConfigError(f"{error}{note}") from None
         if not self.config.api_key.is_set:  # enough to see whether somebody is there
-            self.config = replace(self.config, api_key=Secret("", "none"))
+            self.config = replace(self.config, api_key=Secret("", "no-key-of-its-own"))
         known = re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE)
         given = ", ".join(name for name in known if os.environ.get(name, "").strip())
         return f"{given} from the environment, the rest by default{note}"
@@ -3400,11 +3397,10 @@ def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
 def spread(text: str) -> str:
     r"""JSON over several lines, for a person; \u escapes stay what they are."""
     try:
-        return re.sub(
-            r"(?m)^.*$", lambda line: visible(line[0]), json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-        )
+        lines = json.dumps(json.loads(text), indent=2, ensure_ascii=False).split("\n")
     except ValueError:
         return text
+    return "\n".join(visible(line) for line in lines)
 
 
 def tool_table(tools: Mapping[str, Tool]) -> str:
