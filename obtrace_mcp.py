@@ -2259,7 +2259,7 @@ class Handlers:
             raise MCPError(types.INVALID_PARAMS, said)
         headers = context.request.headers.items() if context.request else ()  # none over stdio
         outcome = Outcome("the caller left", failed=True)
-        async with while_there(context), reporting(context), self.turns:
+        async with attended(context), self.turns:
             outcome = await self._run(params.name, params.arguments or {}, headers)
         texts = [outcome.text, outcome.note] if outcome.note else [outcome.text]
         content = [types.TextContent(type="text", text=text) for text in texts]
@@ -2283,8 +2283,8 @@ class Handlers:
 
 
 @contextlib.asynccontextmanager
-async def reporting(context: Any) -> AsyncIterator[None]:
-    """Tell a client that asked for it that the call goes on."""
+async def attended(context: Any) -> AsyncIterator[None]:
+    """Tell a client that asked for it that its call goes on, and end the call when the client hangs up."""
     import anyio
 
     async def report() -> None:
@@ -2293,31 +2293,20 @@ async def reporting(context: Any) -> AsyncIterator[None]:
             seconds = beats * PROGRESS_EVERY
             await context.session.report_progress(seconds, message=f"waiting for Obtrace for {seconds:g} s")
 
-    if not context.meta or "progress_token" not in context.meta:
-        yield
-        return
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(report)
-        yield
-        tasks.cancel_scope.cancel()
-
-
-@contextlib.asynccontextmanager
-async def while_there(context: Any) -> AsyncIterator[None]:
-    """Go on for as long as the client waits on the connection that it called over."""
-    import anyio
-
-    left = context.request.scope.get("left") if context.request else None
-    if left is None:  # over stdio, SSE and in the newer era the SDK sees to it
-        yield
-        return
-
-    async def cancel_when_left() -> None:
+    async def cancel_after(left: anyio.Event) -> None:
         await left.wait()
         tasks.cancel_scope.cancel()
 
+    wants_progress = context.meta and "progress_token" in context.meta
+    left = context.request.scope.get("left") if context.request else None  # else the SDK sees to it
+    if not wants_progress and not left:
+        yield
+        return
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(cancel_when_left)
+        if wants_progress:
+            tasks.start_soon(report)
+        if left:
+            tasks.start_soon(cancel_after, left)
         yield
         tasks.cancel_scope.cancel()
 
