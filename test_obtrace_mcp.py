@@ -3049,6 +3049,26 @@ def test_it_opens_no_connection_but_to_the_service(service: Service) -> None:
     assert set(errors.splitlines()) == asked
 
 
+class AuditedWeb(Web):
+    command = Audited.command
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_over_http_it_listens_where_it_is_told_and_connects_to_the_service_alone(service: Service, transport: str) -> None:  # fmt: skip
+    async def work(client: Client) -> None:
+        assert said(await client.call_tool("list_teams", {})) == ('{"ok":true}', False)
+
+    with closing(AuditedWeb(transport=transport, **service.environ)) as server:
+        for mode in ("legacy", "auto"):
+            anyio.run(over_http, server.url, mode, work)
+        server.process.send_signal(signal.SIGTERM)
+        status, errors = server.wait()
+    told = {line for line in (server.said + errors).splitlines() if line.startswith("AUDIT")}
+    assert status == 0
+    asked = {("connect", service.port), ("getaddrinfo", service.port), ("getaddrinfo", 0), ("bind", 0)}
+    assert told == {f"AUDIT socket.{event} ('127.0.0.1', {port})" for event, port in asked}
+
+
 def test_behind_a_proxy_it_asks_for_no_other_name_and_connects_to_nothing_else(service: Service) -> None:
     with proxy(service.port) as (port, _):
         environ = {"OBTRACE_URL": "https://obtrace.test", "OBTRACE_API_KEY": KEY, "HTTPS_PROXY": f"http://127.0.0.1:{port}"}  # fmt: skip
