@@ -1618,10 +1618,10 @@ class Client:
         if call.ended.is_set():  # the connection was closed under the exchange; its own error says nothing
             error = TimeoutError()
         cause = _cause(error, self.config.timeout)
-        if isinstance(error, BROKEN_CONNECTION) and url.scheme == "https" and not self.config.tls_client_cert:
-            cause += "; should it go on, the service may want a client certificate (OBTRACE_TLS_CLIENT_CERT)"
-        if isinstance(error, BROKEN_CONNECTION) and url.scheme == "http":
-            cause += "; should it go on, the service may speak https"
+        if isinstance(error, BROKEN_CONNECTION):  # with TLS 1.3 a refused client certificate may look like that
+            accepts = "not accept the" if self.config.tls_client_cert else "want a"
+            known = {"http": "speak https", "https": f"{accepts} client certificate (OBTRACE_TLS_CLIENT_CERT)"}
+            cause += f"; should it go on, the service may {known[url.scheme]}"
         return self.scrub(f"{request.method} {request.path} got no answer from {url.netloc}: {cause}")
 
 
