@@ -205,10 +205,15 @@ def _variable(environ: Mapping[str, str], name: str) -> str:
     return value
 
 
+def known_variables() -> list[str]:
+    """The OBTRACE_* variables that the docstring tells of; none under python -OO."""
+    return re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE)
+
+
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """The OBTRACE_* variables that are set but mean nothing here, each with the one that may be meant."""
-    known = re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE)
-    if not known:  # python -OO
+    known = known_variables()
+    if not known:
         return []
     names = sorted(name for name, value in environ.items() if name.startswith("OBTRACE_") and value.strip())
     return [visible(name) + _nearest(name, known, 0.85) for name in names if name not in known]
@@ -3067,8 +3072,7 @@ class Doctor:
             raise ConfigError(f"{error}{note}") from None
         if not self.config.api_key.is_set:  # enough to see whether somebody is there
             self.config = replace(self.config, api_key=Secret("", "no-key-of-its-own"))
-        known = re.findall(r"^  (OBTRACE_\w+)", __doc__ or "", re.MULTILINE)
-        given = ", ".join(name for name in known if os.environ.get(name, "").strip())
+        given = ", ".join(name for name in known_variables() if os.environ.get(name, "").strip())
         return f"{given} from the environment, the rest by default{note}"
 
     def url(self) -> str:
@@ -3132,7 +3136,7 @@ class Doctor:
         issuer = dict(part[0] for part in certificate["issuer"])
         by = issuer.get("commonName") or issuer.get("organizationName") or "an unnamed CA"
         end = ssl.cert_time_to_seconds(certificate["notAfter"])
-        return visible(f"{version}, certificate for {names} issued by {by}, {_days(end)}")
+        return f"{version}, certificate for {names} issued by {by}, {_days(end)}"
 
     def key(self) -> str:
         """Whether the key is accepted, and where it comes from."""
