@@ -59,7 +59,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from email.message import Message
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import asyncio
@@ -930,10 +930,69 @@ def visible(value: str) -> str:
 
 # ---------------------------------------------------------------- read-only SQL
 
-# The query tools are reads, whatever --enable-write says. Whatever ClickHouse could read in two
-# ways is refused: a second reading is where a disguise hides.
+# The query tools only read, whatever --enable-write says. The guard does not guess where a table
+# may stand, since ClickHouse's grammar has too many such places. Whatever is called like a
+# function, anywhere, must be on the list below. So nothing reaches a file, another host, a
+# dictionary or a model. SQL that could be tokenised in two ways is refused.
 
-_SQL_TOKEN = re.compile(
+MAX_SQL = 50_000  # characters
+
+# Functions that only compute from their arguments, and generators of rows: regular expressions
+# for whole names in lower case, from ClickHouse's system.functions (26.9). A new family must not
+# match a table function: `delta\w*` would let in deltaLake.
+SQL_FUNCTIONS = re.compile(
+    "|".join(
+        r"""
+    count\w* sum\w* avg\w* min\w* max\w* any\w* arg(min|max|and)\w* uniq\w* quantile\w* median\w*
+    group(array|uniqarray|bit|concat)\w* group_concat string_agg topk\w* approx_top\w* std\w* var\w*
+    covar\w* corr\w* skew\w* kurt\w* entropy\w* histogram\w* deltasum\w* first_value\w* last_value\w*
+    nth_value\w* lag lead laginframe leadinframe (dense_?|percent_?)?rank row_?number\w* ntile cume_dist
+    exponential\w* intervallengthsum\w* retention\w* sequence(count|match)\w* windowfunnel\w*
+    nonnegativederivative singlevalueornull\w* sparkbar simplelinearregression\w* regr_\w+ \w+test grouping
+    array\w* has has(all|any|substr|token|phrase|subseq)\w* indexof\w* length\w* empty\w* notempty
+    range reverse\w* replicate tuple\w* untuple map\w* json\w* simplejson\w* visitparam\w* isvalid\w*
+    dynamic\w* variant\w* series\w* timeseries\w+grid
+    lower\w* upper\w* [lu]case initcap\w* substr\w* mid left\w* right\w* [lr]?trim\w* [lr]pad concat\w*
+    position\w* locate instr startswith\w* endswith\w* (not)?i?like match\w* multi(match|search|fuzzy)\w*
+    extract\w* replace\w* translate\w* regexp\w* split(by)?\w* alphatokens ngram\w* repeat space printf
+    ascii char char(acter)?_length octet_length hex unhex bin unbin (try)?base\d\d\w* \w*distance\w*
+    jaro\w* soundex (en|de)code(url|xml|html)\w* normalizeutf8\w* normalized?query\w* format(datetime|readable)\w*
+    to_?[a-z]\w* from_(base64|days|unixtime) now\w* today yesterday date\w* last_day (add|subtract)(date|interval|tuple|seconds|\w+seconds)
+    (add|subtract)(minutes|hours|days|weeks|months|quarters|years) subdate age timestamp\w* timediff
+    timeslots? timezone\w* fromunixtimestamp\w* makedate\w* year\w* quarter month\w* week\w*
+    day\w* hour minute (milli|micro|nano)?second parse(datetime|readable|timedelta)\w* (tumble|hop)\w*
+    yyyymmdd\w* utc_?timestamp cur(rent_?)?date current_timestamp
+    domain\w* protocol netloc port\w* path(full)? fragment querystring\w* url(path)?hierarchy cut\w*
+    firstsignificant\w* \w+hash\w* md[45] sha\d\w* crc\w* xxh3\w* ipv[46]\w* isip\w* generateuuid\w*
+    cast accuratecast\w* reinterpret\w* if multiif ifnull nullif coalesce isnull\w* isnotnull
+    assumenotnull iszeroornull ifnotfinite is(finite|infinite|nan) is(not)?distinctfrom greatest least
+    clamp abs sign round\w* floor ceil\w* trunc\w* sqrt cbrt exp\d* log(2|10|1p)? ln pow\w* a?(sin|cos|tan)h?
+    atan2 pi e sqr erfc? sigmoid factorial width_?bucket hypot degrees radians plus minus multiply\w* divide\w* intdiv\w* modulo\w* mod
+    positivemodulo\w* negate gcd lcm rand\w* bit\w* (not)?equals less\w* greater\w* and or xor not
+    (global)?(not)?(null)?in identity materialize bytesize transform neighbor running\w* bar ignore
+    currentdatabase finalizeaggregation isconstant
+    numbers(_mt)? zeros(_mt)? generate_?series values
+    nullable lowcardinality fixedstring decimal\w* enum\d* nested time64 object (simple)?aggregatefunction
+    """.split()
+    )
+)
+# Keywords that may stand before a bracket. FORMAT is not one: a table function has that name.
+SQL_KEYWORDS = set(
+    """
+    ALL AND ANY APPLY AS AST BETWEEN BY CASE COLUMNS CUBE DESC DESCRIBE DISTINCT DIV ELSE ESTIMATE EXCEPT EXISTS
+    EXPLAIN FILTER FROM HAVING ILIKE IN INTERPOLATE INTERSECT INTERVAL JOIN LIKE LIMIT MATERIALIZED MOD NOT OFFSET ON
+    OR OVER PIPELINE PLAN PREWHERE QUALIFY REGEXP REPLACE ROLLUP SAMPLE SELECT SETS STEP SYNTAX TABLE THEN TO
+    TOP TREE UNION USING WHEN WHERE WITH XOR
+    """.split()
+)
+# Words that change something or lift a limit of the service's.
+SQL_WRITES = set(
+    """
+    ALTER ATTACH BACKUP CALL COMMIT COPY CREATE DELETE DETACH DROP EXCHANGE EXECUTE GRANT INFILE INSERT INTO KILL
+    MOVE OPTIMIZE OUTFILE PARALLEL RENAME RESTORE REVOKE ROLLBACK SET SETTINGS TRUNCATE UNDROP UPDATE USE
+    """.split()
+)
+SQL_TOKEN = re.compile(
     r"""(?P<space>[ \t\n]+ | --[^\n]* | /\*(?:(?!/\*|\*/).)*\*/)
       | (?P<string>'(?:[^'\\]|\\.|'')*')
       | (?P<name>`(?:[^`\\]|\\.|``)*` | "(?:[^"\\]|\\.|"")*")
@@ -942,280 +1001,119 @@ _SQL_TOKEN = re.compile(
       | (?P<sign>(?!/[*/])[-+*/%=<>!|,.:;?()\[\]{}^~&])""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
-_SQL_ACCEPTED = "accepted is a single SELECT, WITH ... SELECT, EXPLAIN, SHOW or DESCRIBE"
-_SQL_OPENING = re.compile(
-    r"(?:EXPLAIN (?:(?:AST|SYNTAX|PLAN|PIPELINE|ESTIMATE|QUERY TREE) )?(?:\w+ = \w+ (?:, )?)*)?(?:\( )*(?:SELECT|WITH) "
-    r"|(?:SHOW|DESCRIBE|DESC) "
+SQL_OPENING = re.compile(
+    r"(EXPLAIN ((AST|SYNTAX|PLAN|PIPELINE|ESTIMATE|QUERY TREE) )?(\w+ = \w+ (, )?)*)?(\( )*(SELECT|WITH) "
+    r"|SHOW (CREATE TABLE )?|(DESCRIBE|DESC) "
 )
-# A keyword that opens a clause: not an alias or a column, which these words would follow.
-_SQL_CLAUSE = (
-    r"(?<!\bAS )(?<!\. )\b{} (?!(?:FROM|WHERE|PREWHERE|GROUP|ORDER|HAVING|LIMIT|OFFSET|UNION|AS|IS|IN|NOT|LIKE|ILIKE"
-    r"|BETWEEN|AND|OR|ASC|DESC|END|WHEN|THEN|ELSE)\b)(?:\w+|``)"
+SQL_FILE = re.compile(  # a database may overlay files and read the name as a path
+    r".*/.*|.*\.([ct]sv\w*|\w*json\w*|parquet|orc|avro|arrow|native|npy|msgpack|xml|txt|bson|xlsx?|gz|br|xz|zst|lz4|bz2|snappy|zip|tar|tgz)",
+    re.IGNORECASE | re.DOTALL,
 )
-_SQL_REFUSED = {
-    r"\bINTO (?:OUTFILE|DUMPFILE)\b": "INTO OUTFILE writes a file",
-    r"\b(?:INSERT|REPLACE) INTO\b": "INSERT writes",
-    _SQL_CLAUSE.format("INSERT"): "INSERT writes",
-    _SQL_CLAUSE.format("INTO"): "INTO writes",
-    _SQL_CLAUSE.format("SETTINGS"): "SETTINGS could lift the service's limits",
-    r"\bSETTINGS (?!(?:END|ASC|DESC)\b)(?:\w+|``)(?: \. (?:\w+|``))* [=,]": "SETTINGS could lift the service's limits",
-    r"\bPARALLEL WITH\b": "PARALLEL WITH runs several statements",
-    r"\bAS (?:MATERIALIZED )?\( (?:UPDATE|DELETE|MERGE|REPLACE|ALTER|CREATE|DROP|TRUNCATE)\b": "a WITH may only hold SELECT",
-}
-# Generators that compute their rows. Every other table function reaches for something else.
-_SQL_TABLE_FUNCTIONS = {"numbers", "numbers_mt", "zeros", "zeros_mt", "generate_series", "generateseries", "values"}
-# Functions of values that may stand after IN, where ClickHouse would run a table function too.
-_SQL_VALUE_FUNCTIONS = re.compile(
-    r"tuple|array\w*|to[a-z]\w*|splitby\w*|range|cast|lower|upper|tokens|now|today|yesterday|concat|date\w*|add\w+"
-    r"|subtract\w+|parse\w+|map\w*|if|hex|unhex|ipv[46]\w+"
-)
-# Scalar functions that read files, dictionaries or Join tables, run models, or reach another host;
-# and IN written as a function, which hides what it reads.
-_SQL_FUNCTIONS_REFUSED = re.compile(
-    r"file|dict(?:get|has|isin)\w*|joinget\w*|catboostevaluate|modelevaluate|naivebayesclassifier|ai(?:generate|embed|classify|extract|translate)\w*|regionto\w*"
-    r"|synonyms|lemmatize|hascolumnintable|reversednsquery|addressto\w*|generateserialid|getclienthttpheader"
-    r"|(?:global)?(?:not)?(?:null)?in(?:ignoreset)?"
-)
-# Functions that may be written with FROM between their arguments: trim(BOTH 'x' FROM body).
-_SQL_FROM_IN_ARGUMENTS = {"EXTRACT", "TRIM", "LTRIM", "RTRIM", "SUBSTRING", "SUBSTR", "OVERLAY"}
-# Words after which an operand comes, so that a keyword's name there is a column's.
-_SQL_BEFORE_OPERAND = {
-    *(
-        "SELECT",
-        "DISTINCT",
-        "FROM",
-        "JOIN",
-        "ON",
-        "USING",
-        "WHERE",
-        "PREWHERE",
-        "HAVING",
-        "QUALIFY",
-        "BY",
-        "WITH",
-        "AS",
-    ),
-    *("AND", "OR", "XOR", "NOT", "IN", "IS", "LIKE", "ILIKE", "REGEXP", "BETWEEN", "DIV", "MOD", "COLLATE", "INTERVAL"),
-    *("CASE", "WHEN", "THEN", "ELSE", "LIMIT", "OFFSET", "ALL", "ANY"),
-}
+SQL_ACCEPTED = "accepted is one SELECT, WITH ... SELECT, EXPLAIN, SHOW or DESCRIBE"
 
 
-@dataclass(frozen=True)
-class Token:
-    """One token of SQL; `text` is upper case for a word, and without its quotes for a quoted name."""
+class Token(NamedTuple):
+    """One token of SQL; `text` is upper case for a word, and without its quotes for a name or string."""
 
     kind: str
     text: str
-    parent: int  # index of the enclosing bracket, -1 at the top
 
 
-_SQL_END = Token("end", "", -1)
+SQL_END = Token("end", "")
 
 
 def check_sql(query: str) -> str:
-    """The query as it came when it is a single read-only statement; raises ValueError with the reason when not."""
-    tokens = _sql_tokens(query)
-    while tokens and _is_sign(tokens[-1], ";"):
+    """The query as it came if it is one statement that only reads; raises ValueError with the reason if not."""
+    if len(query) > MAX_SQL:
+        raise ValueError(f"it is longer than {MAX_SQL} characters")
+    tokens = sql_tokens(query.replace("\r\n", "\n"))
+    while tokens and tokens[-1] == Token("sign", ";"):
         tokens.pop()
-    shape = (
-        " ".join({"string": "''", "name": "``", "number": "0"}.get(token.kind, token.text) for token in tokens) + " "
-    )
-    if " ; " in shape:
-        raise ValueError(f"it holds several statements; {_SQL_ACCEPTED}")
-    if not _SQL_OPENING.match(shape):
-        raise ValueError(f"it is not a read-only statement; {_SQL_ACCEPTED}")
-    for pattern, reason in _SQL_REFUSED.items():
-        if re.search(pattern, shape):
-            raise ValueError(f"{reason}; {_SQL_ACCEPTED}, without it")
-    _check_with(tokens)
-    _check_tables(tokens)
-    _check_functions(tokens)
+    if Token("sign", ";") in tokens:
+        raise ValueError(f"it holds several statements; {SQL_ACCEPTED}")
+    shape = "".join(f"{token.text if token.kind in ('word', 'sign') else '0'} " for token in tokens)
+    opening = SQL_OPENING.match(shape)
+    if not opening:
+        raise ValueError(f"it is not a read-only statement; {SQL_ACCEPTED}")
+    openers: list[int] = []  # where the brackets opened that are still open
+    for i in range(opening[0].count(" ") if opening[0].startswith("SHOW") else 0, len(tokens)):
+        check_call(tokens, i)
+        check_file(tokens, i, openers)
+        if tokens[i].kind == "sign" and tokens[i].text in "([{":
+            openers.append(i)
+        elif tokens[i].kind == "sign" and tokens[i].text in ")]}":
+            if not openers or tokens[openers.pop()].text + tokens[i].text not in ("()", "[]", "{}"):
+                raise ValueError("its brackets do not match")
+    if openers:
+        raise ValueError("its brackets do not match")
     return query
 
 
-def _sql_tokens(query: str) -> list[Token]:
+def sql_tokens(query: str) -> list[Token]:
     """Split SQL as ClickHouse does; raises ValueError for what could be read in another way."""
-    tokens: list[Token] = []
-    parents: list[int] = []
-    position = 0
-    query = query.replace("\r\n", "\n")
     if odd := re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", query):
         raise ValueError(f"it holds the control character {_quote(odd[0])}; leave it out")
+    tokens: list[Token] = []
+    position = 0
     while position < len(query):
-        match = _SQL_TOKEN.match(query, position)
+        match = SQL_TOKEN.match(query, position)
         if not match:
             rest = _quote(query[position : position + 20])
-            raise ValueError(f"{rest} cannot be read safely: it is left open, nested, or needs quotes")
+            raise ValueError(f"{rest} is ambiguous SQL: it is left open, nested, or needs quotes")
         position = match.end()
         kind, text = match.lastgroup or "", match[0]
-        if kind == "space":
-            continue
-        if (
-            kind == "sign"
-            and text in ")]}"
-            and (not parents or tokens[parents.pop()].text + text not in ("()", "[]", "{}"))
-        ):
-            raise ValueError("its brackets do not match")
-        text = text.upper() if kind == "word" else text[1:-1] if kind == "name" else text
-        tokens.append(Token(kind, text, parents[-1] if parents else -1))
-        if kind == "sign" and text in "([{":
-            parents.append(len(tokens) - 1)
-    if parents:
-        raise ValueError("its brackets do not match")
+        if kind != "space":
+            text = text.upper() if kind == "word" else text[1:-1] if kind in ("name", "string") else text
+            tokens.append(Token(kind, text))
     return tokens
 
 
-def _at(tokens: Sequence[Token], index: int) -> Token:
-    return tokens[index] if 0 <= index < len(tokens) else _SQL_END
-
-
-def _is_word(token: Token, *words: str) -> bool:
-    return token.kind == "word" and token.text in words
-
-
-def _is_sign(token: Token, *signs: str) -> bool:
-    return token.kind == "sign" and token.text in signs
-
-
-def _ends_operand(token: Token) -> bool:
-    """Whether a keyword may follow, not only an operand."""
-    if token.kind == "word":
-        return token.text not in _SQL_BEFORE_OPERAND
-    return token.kind in ("string", "name", "number") or _is_sign(token, ")", "]", "*")
-
-
-def _check_with(tokens: Sequence[Token]) -> None:
-    """A statement that opens with WITH must go on to SELECT right after its last definition."""
-    first = next(i for i, token in enumerate(tokens) if _is_word(token, "WITH", "SELECT", "SHOW", "DESCRIBE", "DESC"))
-    if not _is_word(tokens[first], "WITH"):
+def check_call(tokens: Sequence[Token], i: int) -> None:
+    """Refuse words that write, and functions that are not on the list."""
+    token, before, after = tokens[i], at(tokens, i - 1), at(tokens, i + 1)
+    if token.kind not in ("word", "name"):
         return
-    level = [i for i in range(first, len(tokens)) if tokens[i].parent == tokens[first].parent]
-    select = next((n for n, i in enumerate(level) if _is_word(tokens[i], "SELECT")), 0)
-    before = [tokens[i] for i in level[max(select - 4, 0) : select]]
-    before = before[:-2] if before and _is_sign(before[-1], ")") else before[:-1]  # its brackets, or its alias
-    if before and _is_word(before[-1], "MATERIALIZED"):
-        before.pop()
-    if not before or not _is_word(before[-1], "AS"):
-        raise ValueError(f"its WITH does not lead to a SELECT; {_SQL_ACCEPTED}")
-
-
-def _check_tables(tokens: Sequence[Token]) -> None:
-    """Tables, subqueries and harmless generators are all that may stand where rows come from."""
-    listing: set[int] = set()  # the brackets in which a comma leads to the next table
-    values: set[int] = set()  # the brackets that hold what IN looks through
-    selecting: set[int] = set()
-    ordering: set[int] = set()
-    divided: set[int] = set()  # the brackets that are past a comma or an IN, so that POSITION(a IN b) is over
-    if _is_word(tokens[0], "DESCRIBE", "DESC"):
-        _check_table(tokens, 2 if _is_word(_at(tokens, 1), "TABLE") else 1, listing)
-    for i, token in enumerate(tokens):
-        after, level = _at(tokens, i + 1), token.parent
-        if level in values and (i == level + 1 or _is_sign(tokens[i - 1], ",")):
-            _check_value(tokens, i, values)
-        if _is_sign(token, ","):
-            divided.add(level)
-            if level in listing:
-                _check_table(tokens, i + 1, listing)
-        elif _is_word(token, "SELECT", "WITH"):
-            selecting.add(level)
-            if _is_word(token, "SELECT"):
-                ordering.discard(level)
-        elif _ends_tables(tokens, i):
-            listing.discard(level)
-            if _is_word(token, "BY"):
-                ordering.add(level)
-        elif _is_word(token, "JOIN"):
-            listing.add(level)
-            _check_table(tokens, i + 1, listing)
-        elif _is_word(token, "FROM") and not _is_other_from(tokens, i, selecting, ordering):
-            if after.kind != "sign" or _is_sign(after, "(", "{"):  # else a column or an alias
-                listing.add(level)
-                _check_table(tokens, i + 1, listing)
-        elif _is_word(token, "IN"):
-            position = level > 0 and _is_word(tokens[level - 1], "POSITION") and level not in divided
-            if not position:
-                _check_value(tokens, i + 1, values)
-            divided.add(level)
-
-
-def _ends_tables(tokens: Sequence[Token], index: int) -> bool:
-    """Whether commas stop leading to tables here: at GROUP BY, ORDER BY, LIMIT 1 BY, UNION SELECT or ARRAY JOIN.
-
-    One keyword alone is not enough: it could be a table's or a column's alias.
-    """
-    token, before, after = tokens[index], _at(tokens, index - 1), _at(tokens, index + 1)
-    follows = _ends_operand(_at(tokens, index - 2))
-    if _is_word(token, "BY"):
-        limit = before.kind == "number" and (
-            _is_word(_at(tokens, index - 2), "LIMIT", "OFFSET") or _is_sign(_at(tokens, index - 2), ",")
-        )
-        return limit and not _is_sign(after, ",") or follows and _is_word(before, "ORDER", "GROUP")
-    if _is_word(token, "JOIN"):
-        return follows and _is_word(before, "ARRAY")
-    opens = _is_word(token, "UNION", "INTERSECT", "EXCEPT") and _is_word(after, "ALL", "DISTINCT", "SELECT")
-    return opens and _ends_operand(before)
-
-
-def _is_other_from(tokens: Sequence[Token], index: int, selecting: set[int], ordering: set[int]) -> bool:
-    """Whether this FROM is not a clause but part of a function's arguments, IS DISTINCT FROM or WITH FILL FROM."""
-    level, before = tokens[index].parent, _at(tokens, index - 1)
-    if level > 0 and _is_word(tokens[level - 1], *_SQL_FROM_IN_ARGUMENTS):
-        return index > level + 1 and level not in selecting
-    if _is_word(before, "DISTINCT"):
-        operator = index - 3 if _is_word(_at(tokens, index - 2), "NOT") else index - 2
-        return _is_word(_at(tokens, operator), "IS") and _ends_operand(_at(tokens, operator - 1))
-    return _is_word(before, "FILL") and _is_word(_at(tokens, index - 2), "WITH") and level in ordering
-
-
-def _function_at(tokens: Sequence[Token], index: int) -> str:
-    """The lower-case name of the function that is called at index, with its qualifiers; empty when none is."""
-    if _at(tokens, index).kind not in ("word", "name"):
-        return ""
-    last = index
-    while _is_sign(_at(tokens, last + 1), ".") and _at(tokens, last + 2).kind in ("word", "name"):
-        last += 2
-    called = ".".join(token.text for token in tokens[index : last + 1 : 2])
-    return called.lower() if _is_sign(_at(tokens, last + 1), "(") else ""
-
-
-def _check_table(tokens: Sequence[Token], index: int, listing: set[int]) -> None:
-    """Check what stands where a table may stand."""
-    token = _at(tokens, index)
-    while _is_sign(token, "(") and not _is_word(_at(tokens, index + 1), "SELECT", "WITH", "EXPLAIN", "FROM"):
-        listing.add(index)
-        index += 1
-        token = _at(tokens, index)
-    if token.kind == "string" or _is_sign(token, "{"):
-        raise ValueError("a FROM or JOIN may name only tables, subqueries and generators such as numbers(10)")
-    function = _function_at(tokens, index)
-    if function and function not in _SQL_TABLE_FUNCTIONS:
-        accepted = ", ".join(sorted(_SQL_TABLE_FUNCTIONS))
+    applied = Token("word", "APPLY") in (before, at(tokens, i - 2) if before.text == "(" else SQL_END)
+    if not applied and after != Token("sign", "("):
+        if token.kind == "word" and token.text in SQL_WRITES:
+            raise ValueError(
+                f"{token.text} is refused, since it can write or lift a limit; a column of that name must be quoted"
+            )
+    elif (token.kind == "name" or token.text not in SQL_KEYWORDS) and not SQL_FUNCTIONS.fullmatch(token.text.lower()):
         raise ValueError(
-            f"the table function {_quote(function)} may leave the telemetry; only tables, subqueries and {accepted} are accepted"
+            f"the function {_quote(token.text)} is not on the list of those that only compute; "
+            "read from plain tables, subqueries and numbers(n), and compute with common functions"
         )
 
 
-def _check_value(tokens: Sequence[Token], index: int, values: set[int]) -> None:
-    """Check what stands where IN looks for its values."""
-    if _is_sign(_at(tokens, index), "("):
-        values.add(index)
-    function = _function_at(tokens, index)
-    if function and function not in _SQL_TABLE_FUNCTIONS and not _SQL_VALUE_FUNCTIONS.fullmatch(function):
-        raise ValueError(f"after IN, {_quote(function)} could be a table function; use a list or a subquery")
+def check_file(tokens: Sequence[Token], i: int, openers: Sequence[int]) -> None:
+    """Refuse a table that is named like a file, quoted as a name or, where a table may stand, as a string."""
+    token, before = tokens[i], at(tokens, i - 1)
+    if token.kind == "string":
+        is_table = before.text in (",", "(", "FROM", "JOIN", "TABLE", "DESCRIBE", "DESC")
+        if not is_table or holds_values(tokens, openers):
+            return
+    elif token.kind != "name" or before == Token("word", "AS"):  # an alias may be named like a file
+        return
+    if SQL_FILE.fullmatch(token.text):
+        raise ValueError(f"the name {_quote(token.text)} could be read as a file; use a plain table")
 
 
-def _check_functions(tokens: Sequence[Token]) -> None:
-    """Refuse scalar functions that read anything but their arguments."""
-    for i, token in enumerate(tokens):
-        opener = i - 2 if _is_sign(_at(tokens, i - 1), "(") else i - 1
-        applied = _is_word(_at(tokens, opener), "APPLY")
-        if token.kind not in ("word", "name") or not (applied or _is_sign(_at(tokens, i + 1), "(")):
-            continue
-        name = token.text.lower()
-        if name == "in" and token.kind == "word" and not applied:
-            continue  # the operator, or a function whose arguments are checked as its values
-        if _SQL_FUNCTIONS_REFUSED.fullmatch(name) or (token.kind == "name" and "\\" in name):
-            raise ValueError(f"the function {_quote(name)} reads more than the telemetry; leave it out")
+def holds_values(tokens: Sequence[Token], openers: Sequence[int]) -> bool:
+    """Whether the innermost brackets are those of an array, a function's arguments or IN, not of tables."""
+    for opener in reversed(openers):
+        if tokens[opener + 1].text in ("SELECT", "WITH", "FROM", "EXPLAIN"):
+            return False
+        before = at(tokens, opener - 1)
+        called = before.kind == "name" or before.kind == "word" and before.text not in SQL_KEYWORDS - {"IN"}
+        if tokens[opener].text != "(" or called:
+            return True
+    return False
+
+
+def at(tokens: Sequence[Token], index: int) -> Token:
+    """The token at an index, or one that stands for nothing."""
+    return tokens[index] if 0 <= index < len(tokens) else SQL_END
 
 
 # ---------------------------------------------------------------- the API client

@@ -1022,6 +1022,42 @@ def test_an_id_that_is_none_is_refused(tool: str, name: str) -> None:
 
 # ---------------------------------------------------------------- read-only SQL
 
+# The table functions of ClickHouse 26.9, from its system.table_functions.
+TABLE_FUNCTIONS = """
+    SQLStandardValues arrowstream azureBlobStorage azureBlobStorageCluster bigquery cluster clusterAllReplicas
+    cosn deltaLake deltaLakeAzure deltaLakeAzureCluster deltaLakeCluster deltaLakeLocal deltaLakeS3
+    deltaLakeS3Cluster dictionary eval executable file fileCluster filesystem format fuzzJSON fuzzQuery gcs
+    generateRandom generateSeries generate_series hdfs hdfsCluster hudi hudiCluster iceberg icebergAzure
+    icebergAzureCluster icebergCluster icebergHDFS icebergHDFSCluster icebergLocal icebergLocalCluster icebergS3
+    icebergS3Cluster input jdbc loop merge mergeTreeAnalyzeIndexes mergeTreeAnalyzeIndexesUUID
+    mergeTreeCodecBlockCounts mergeTreeIndex mergeTreeProjection mergeTreeTextIndex mongodb mysql null numbers
+    numbers_mt odbc oss paimon paimonAzure paimonAzureCluster paimonCluster paimonHDFS paimonHDFSCluster
+    paimonLocal paimonS3 paimonS3Cluster postgresql primes prometheusQuery prometheusQueryRange python redis
+    remote remoteSecure s3 s3Cluster sqlite timeSeriesData timeSeriesMetricFamilies timeSeriesMetrics
+    timeSeriesSamples timeSeriesSelector timeSeriesTags url urlCluster values view viewExplain viewIfPermitted
+    ytsaurus zeros zeros_mt
+""".split()
+GENERATORS = {"generateSeries", "generate_series", "numbers", "numbers_mt", "values", "zeros", "zeros_mt"}
+PLACES = {
+    "FROM": "SELECT * FROM {f}(1)", "JOIN": "SELECT * FROM a JOIN {f}(1) ON 1", "comma": "SELECT * FROM a, {f}(1)", "IN": "SELECT a IN {f}(1)",
+    "APPLY": "SELECT a APPLY {f}", "APPLY()": "SELECT a APPLY({f})", "lambda": "SELECT arrayMap(x -> {f}(x), a)", "WITH": "WITH {f}(1) AS x SELECT x",
+    "backticks": "SELECT * FROM `{f}`(1)", "quotes": "SELECT * FROM \"{f}\" (1)", "database": "SELECT * FROM db.{f}/**/(1)", "upper": "SELECT * FROM {F}(1)",
+    "fill": "SELECT 1 ORDER BY 1 UNION ALL WITH FILL FROM {f}(1) SELECT x", "top": "SELECT TOP 1 IS DISTINCT FROM {f}(1)", "describe": "DESC {f}(1)",
+    "explain": "EXPLAIN WITH `WITH` AS (SELECT 1) SELECT * FROM (WITH, {f}(1) AS z)", "show": "SHOW TABLES FROM {f}(1)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_table_function_but_the_generators_can_be_called(place: str) -> None:
+    assert len(TABLE_FUNCTIONS) == 94
+    for function in TABLE_FUNCTIONS:
+        query = PLACES[place].format(f=function, F=function.upper())
+        if function in GENERATORS:
+            build("query_logs", query=query)
+        else:
+            with pytest.raises(program.ObtraceError, match="is not on the list"):
+                build("query_logs", query=query)
+
 
 @pytest.mark.parametrize(
     "query",
@@ -1030,15 +1066,14 @@ def test_an_id_that_is_none_is_refused(tool: str, name: str) -> None:
         "select * from otel_logs where Body like '%; DROP TABLE x%';",
         "SELECT 'it''s -- INSERT INTO t', \"file\", `url` FROM otel_logs -- ; DELETE FROM t",
         "SELECT /* INTO OUTFILE 'x' */ 1",
-        "SELECT replace(Body, 'a', 'b') AS delete, truncate(1.5) AS drop FROM otel_logs",
-        "SELECT domain(url), insert, update, settings, into FROM otel_logs WHERE settings = 1 AND into = 2",
+        "SELECT replace(Body, 'a', 'b') AS \"delete\", truncate(1.5) AS \"drop\" FROM otel_logs",
         "SELECT count() AS file, url FROM otel_traces GROUP BY url",
         "SELECT a AS from, lower(b) FROM t",
         "WITH x AS (SELECT 1 AS a), y AS (SELECT 2) SELECT a FROM x, y",
         "WITH 5 AS n SELECT n",
-        "WITH x AS MATERIALIZED (SELECT 1) SELECT * FROM x",
         "EXPLAIN PLAN indexes = 1 SELECT 1",
         "SHOW CREATE TABLE otel_logs",
+        "SHOW TABLES",
         "DESCRIBE TABLE otel_logs",
         "DESC otel_logs",
         "(SELECT 1) UNION ALL (SELECT 2)",
@@ -1046,123 +1081,152 @@ def test_an_id_that_is_none_is_refused(tool: str, name: str) -> None:
         "SELECT trim(BOTH 'x' FROM lower(Body)), extract(hour FROM toDateTime(Timestamp)) FROM otel_logs",
         "SELECT position('a' IN lower(Body)) FROM otel_logs",
         "SELECT p FROM otel_logs AS l LEFT ARRAY JOIN splitByChar(',', Body) AS p, lower(x) AS q WHERE p = '1'",
-        "SELECT * FROM a JOIN b ON lower(a.x) = b.y, c WHERE f(1) = 2 ORDER BY f(a), g(b) LIMIT 1, 2",
+        "SELECT * FROM a JOIN b ON lower(a.x) = b.y, c WHERE exp(1) = 2 ORDER BY lower(a), upper(b) LIMIT 1, 2",
         "SELECT t FROM x ORDER BY t WITH FILL FROM toStartOfMinute(now() - INTERVAL 1 HOUR) TO now() STEP 60",
         "SELECT 1 FROM t WHERE a IS NOT DISTINCT FROM lower(b) AND c IS DISTINCT FROM 'x'",
         "SELECT 1 FROM t WHERE y IN splitByChar(',', 'a,b') AND z IN CAST([1, 2], 'Array(UInt8)')",
-        "SELECT CASE WHEN a THEN settings ELSE settings END = 'x', settings, b FROM t ORDER BY settings LIMIT 5",
-        "SELECT a FROM t GROUP BY f(a), g(b) ORDER BY f(a), g(b) LIMIT 1 BY f(x), g(y) LIMIT 10",
-        "SELECT a IN (concat('a', 'b')), d IN (today(), subtractDays(today(), 1)) FROM t ORDER BY settings DESC, a",
-        "SELECT f(a) FROM t UNION ALL SELECT f(a), g(b) FROM u",
+        "SELECT a FROM t GROUP BY lower(a), upper(b) LIMIT 1 BY lower(x), upper(y) LIMIT 10",
         "SELECT x IN (toDate('2026-01-01'), 2), x IN (SELECT y FROM t) FROM t",
-        "SELECT quantile(0.99)(Duration), arr[1], t.1, a ? b : c, x::String, {'k': 1}['k'] FROM otel_traces",
+        "SELECT quantile(0.99)(Duration), quantiles(0.5, 0.9)(Duration), arr[1], t.1, a ? b : c, x::String, {'k': 1}['k'] FROM otel_traces",
         "SELECT ResourceAttributes['service.name'] FROM otel_logs WHERE Timestamp > now() - INTERVAL 1 HOUR FORMAT JSON",
         "SELECT row_number() OVER (PARTITION BY a ORDER BY b) FROM db.t FINAL SAMPLE 0.1 PREWHERE x WINDOW w AS (ORDER BY a)",
+        "SELECT countIf(StatusCode = 'Error') / count() AS rate, sumMap(m), uniqArray(a), avgState(x), maxOrNull(x) FROM otel_traces",
+        "SELECT arrayMap(x -> x + 1, a), arrayJoin(a), arrayFilter((x, y) -> x > y, a, b), mapKeys(m), tuple(1, 2).1 FROM t",
+        "SELECT x FROM t QUALIFY rank() OVER (ORDER BY x) = 1",
+        "SELECT * FROM a ASOF LEFT JOIN b ON a.k = b.k AND a.t >= b.t",
+        "SELECT service, count() FROM t GROUP BY GROUPING SETS ((service), ()) WITH TOTALS",
+        "SELECT JSONExtractString(Body, 'a', 'b'), domain(url), cutQueryString(url), cityHash64(x) FROM t",
+        "SELECT toDateTime64(t, 3, 'UTC'), x::Decimal(10, 2), CAST(x AS Nullable(DateTime64(3))), t AT TIME ZONE 'UTC' FROM t",
+        "SELECT a IN tuple(1, 2), b IN (concat('a', 'b')), c IN [1, 2] FROM t",
+        "SELECT EXTRACT(HOUR FROM t), dateDiff('second', a, b), INTERVAL 5 MINUTE FROM t",
+        "SELECT * EXCEPT (a, b) REPLACE (lower(c) AS c) APPLY(toString) FROM t",
+        "SELECT COLUMNS('a') APPLY quantile(0.5) FROM t",
+        "SELECT CASE WHEN (a) THEN (b) ELSE (c) END, NOT (a), (a) AND (b) OR (c) FROM t",
+        'SELECT histogram(5)(Duration), topK(3)(SpanName), argMax(a, b), groupArray(3)(x), any(x) AS "errors/min" FROM otel_traces',
+        "SELECT count() FROM t WHERE path IN ('/a', '/b.csv') AND has(['/x'], p) AND url LIKE '%/api/%'",
+        'SELECT "k8s.pod.name", `http.route` FROM t SETTINGS_ GROUP BY ALL',
+        "SELECT * FROM system.tables WHERE name = '/a/b'",
+        "WITH toStartOfInterval(Timestamp, INTERVAL 5 minute) AS t SELECT t, count() FROM otel_logs GROUP BY t ORDER BY t",
+        "SELECT if(a, 'x/y', 'z.csv'), multiIf(a, 1, b, 2, 3), coalesce(a, b), ifNull(a, 0), concat('a', '/b') FROM t",
+        "SELECT lagInFrame(x) OVER w, first_value(x) IGNORE NULLS OVER (ROWS BETWEEN 1 PRECEDING AND CURRENT ROW) FROM t WINDOW w AS (ORDER BY t)",
+        "SELECT formatDateTime(t, '%H'), toUnixTimestamp(t), date_trunc('hour', t), addHours(t, 1), t - toIntervalHour(1) FROM t",
+        "SELECT * FROM (SELECT 1 AS a) AS s ANY INNER JOIN (SELECT 1 AS a) AS r USING (a)",
+        "SELECT * FROM t ARRAY JOIN a AS x, b AS y WHERE x = 1",
+        "SELECT DISTINCT ON (a) a, b FROM t",
+        "SELECT max(t) FROM t WHERE NOT EXISTS (SELECT 1) HAVING (count()) > 1",
+        "SELECT a FROM t ORDER BY a COLLATE 'en', b DESC NULLS LAST LIMIT 5 WITH TIES",
+        "SELECT sum(x) FILTER (WHERE y > 1) FROM t",
+        "SELECT groupUniqArrayArray(x), anyLast(y), min2(a, b), sipHash64(x), IPv4NumToString(i), toUUID(u) FROM t",
+        "SELECT * FROM otel_logs INTERSECT (SELECT * FROM b) EXCEPT SELECT 1",
+        "SELECT toTypeName(x), length(s), empty(s), notEmpty(s), substring(s, 1, 3), extractAll(s, 'a+'), replaceRegexpAll(s, 'a', 'b') FROM t",
+        "EXPLAIN (SELECT 1)",
+        "EXPLAIN ESTIMATE SELECT 1",
+        "SELECT -x, +y, a || b, a <=> b, a != b, a <> b, a == b, a % b, (1, 2), [1, 2] FROM t",
     ],
-)  # fmt: skip
+)
 def test_a_reading_query_passes_as_it_came(query: str) -> None:
     assert sent(build("query_logs", query=query))["query"] == query
 
 
 @pytest.mark.parametrize(
-    ("query", "reason"),
+    "query",
     [
-        ("INSERT INTO t VALUES (1)", "not a read-only statement"),
-        ("insert/**/into t select 1", "not a read-only statement"),
-        ("SYSTEM SHUTDOWN", "not a read-only statement"),
-        ("-- nothing", "not a read-only statement"),
-        ("SELECT 1; DROP TABLE t", "several statements"),
-        ("SELECT 1;;SELECT 2;", "several statements"),
-        ("SELECT 1 /* ' */ ; DROP TABLE t -- '", "several statements"),
-        ("WITH x AS (SELECT 1) INSERT INTO t SELECT * FROM x", "INSERT writes"),
-        ("WITH x AS (SELECT 1) INSERT t SELECT * FROM x", "INSERT writes"),
-        ("WITH x AS (SELECT 1) DELETE FROM t", "WITH does not lead to a SELECT"),
-        ("WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x", "WITH may only hold SELECT"),
-        ("EXPLAIN INSERT INTO t SELECT 1", "not a read-only statement"),
-        ("EXPLAIN AST DROP TABLE t", "not a read-only statement"),
-        ("SELECT 1 PARALLEL WITH DROP TABLE t", "several statements"),
-        ("SELECT * FROM t InTo/**/OUTFILE 'x'", "INTO OUTFILE writes"),
-        ("SELECT a AS x INTO t2 FROM t", "INTO writes"),
-        ("SELECT 1 SETTINGS readonly = 0", "SETTINGS"),
-        ("SELECT 1 AS by SETTINGS `readonly`=0", "SETTINGS"),
-        ("SELECT * FROM url('http://x')", 'table function "url"'),
-        ("SELECT * FROM `url`('http://x')", 'table function "url"'),
-        ('SELECT * FROM "s3" (1)', 'table function "s3"'),
-        ("SELECT * FROM unheardof(1)", 'table function "unheardof"'),
-        ("SELECT * FROM db.remote(1)", 'table function "db.remote"'),
-        ("SELECT * FROM t, file('x')", 'table function "file"'),
-        ("SELECT * FROM (SELECT 1), mysql(1)", 'table function "mysql"'),
-        ("SELECT * FROM t AS where, url('x')", 'table function "url"'),
-        ("SELECT * FROM where, url('x')", 'table function "url"'),
-        ("SELECT * FROM t JOIN cluster(1) ON 1", 'table function "cluster"'),
-        ("SELECT * FROM t AS array JOIN url(1) ON 1", 'table function "url"'),
-        ("SELECT * FROM array JOIN url(1) ON 1", 'table function "url"'),
-        ("SELECT * FROM ((url('x')))", 'table function "url"'),
-        ("SELECT * FROM (FROM url('x') SELECT *)", 'table function "url"'),
-        ("SELECT trim(FROM url('x') SELECT *)", 'table function "url"'),
-        ("SELECT extract(SELECT a FROM url('x'))", 'table function "url"'),
-        ("SELECT as FROM url('x')", 'table function "url"'),
-        ("SELECT 1 WHERE 1 IN executable('x')", 'after IN, "executable"'),
-        ("SELECT a IN (s3('x')) FROM t", 'after IN, "s3"'),
-        ("SELECT a GLOBAL NOT IN ((1), (remote('h', t))) FROM t", 'after IN, "remote"'),
-        ("SELECT substring(a IN remote('h', t), 1) FROM t", 'after IN, "remote"'),
-        ("SELECT in(a, remote('h', t)) FROM t", 'after IN, "remote"'),
-        ("SELECT `in`(a, remote('h', t)) FROM t", 'function "in"'),
-        ("SELECT a APPLY in FROM t", 'function "in"'),
-        ("SELECT position('a', b IN url('x'))", 'after IN, "url"'),
-        ("SELECT position('a' IN 'b' IN url('x'))", 'after IN, "url"'),
-        ("SELECT * FROM group by, url('x')", 'table function "url"'),
-        ("SELECT * FROM db.order by, url('x')", 'table function "url"'),
-        ("SELECT * FROM a JOIN group by ON 1, url('x')", 'table function "url"'),
-        ("SELECT * FROM a JOIN b ON 1 BY x, url('x')", 'table function "url"'),
-        ("SELECT * FROM except distinct, url('x')", 'table function "url"'),
-        ("SELECT * FROM union select, url('x')", 'table function "url"'),
-        ("SELECT notIn(a, url('x')), 1", 'function "notin"'),
-        ("SELECT c // \"\nFROM url('x') -- \"", "cannot be read safely"),
-        ("SELECT * FROM t SAMPLE 1/10 OFFSET 1/2, url('x')", 'table function "url"'),
-        ("SELECT * FROM a JOIN b ON format('', a.x) = 1, url('x')", 'table function "url"'),
-        ("SELECT * FROM a JOIN b ON b.y = limit, url('x')", 'table function "url"'),
-        ("SELECT * FROM t fetch, url('x')", 'table function "url"'),
-        ("SELECT * FROM t AS by, url('x')", 'table function "url"'),
-        ("SELECT * FROM a JOIN b ON except(SELECT 1), url('x')", 'table function "url"'),
-        ("SELECT * FROM a ARRAY JOIN [1] AS x JOIN b ON 1, url('x')", 'table function "url"'),
-        ("SELECT * FROM l JOIN r ON l.x = array JOIN url('x') ON 1", 'table function "url"'),
-        ("SELECT * FROM l JOIN r USING array JOIN url('x') ON 1", 'table function "url"'),
-        ("SELECT with fill FROM url('x')", 'table function "url"'),
-        ("SELECT is distinct FROM url('x')", 'table function "url"'),
-        ("SELECT 1 SETTINGS enable_analyzer, max_execution_time = 0", "SETTINGS"),
-        ("SELECT 1 SETTINGS limit = 5, max_execution_time = 0", "SETTINGS"),
-        ("SHOW TABLES SETTINGS allow_introspection_functions", "SETTINGS"),
-        ("SELECT aiGenerate('x')", 'function "aigenerate"'),
-        ("SELECT 1 WHERE 1 IN (SELECT * FROM url('x'))", 'table function "url"'),
-        ("DESCRIBE url('http://x')", 'table function "url"'),
-        ("DESC TABLE s3('x')", 'table function "s3"'),
-        ("SELECT * FROM 'file.csv'", "only tables"),
-        ("SELECT * FROM {t:Identifier}", "only tables"),
-        ("SELECT file('x')", 'function "file"'),
-        ("SELECT `file`('x')", 'function "file"'),
-        ("SELECT `fi\\x6ce`('x')", "function"),
-        ("SELECT DICTGETstring('d', 'a', 1)", 'function "dictgetstring"'),
-        ("SELECT joinGet('a', 'b', 1)", 'function "joinget"'),
-        ("SELECT path APPLY(file) FROM t", 'function "file"'),
-        ("SELECT path APPLY file FROM t", 'function "file"'),
-        ("SELECT 1.FROM url('x')", "cannot be read safely"),
-        ("SELECT /* /* */ ' */ INTO OUTFILE 'x' -- '", "cannot be read safely"),
-        ("SELECT 'abc", "cannot be read safely"),
-        ("SELECT $$a$$", "cannot be read safely"),
-        ("SELECT 1 # x", "cannot be read safely"),
-        ("SELECT \u2018a\u2019", "cannot be read safely"),
-        ("SELECT 1 --x\rDROP TABLE t", "control character"),
-        ("SELECT 1 --x\u2028DROP TABLE t", "control character"),
-        ("SELECT (1", "brackets"),
-        ("SELECT 1]", "brackets"),
+        "INSERT INTO t VALUES (1)",
+        "insert/**/into t select 1",
+        "SYSTEM SHUTDOWN",
+        "-- nothing",
+        "SELECT 1; DROP TABLE t",
+        "SELECT 1;;SELECT 2;",
+        "SELECT 1 /* ' */ ; DROP TABLE t -- '",
+        "WITH x AS (SELECT 1) INSERT INTO t SELECT * FROM x",
+        "WITH x AS (SELECT 1) INSERT t SELECT * FROM x",
+        "WITH x AS (SELECT 1) DELETE FROM t",
+        "WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x",
+        "EXPLAIN INSERT INTO t SELECT 1",
+        "EXPLAIN AST DROP TABLE t",
+        "SELECT 1 PARALLEL WITH DROP TABLE t",
+        "SELECT 1 PARALLEL WITH SELECT 2",
+        "SELECT * FROM t InTo/**/OUTFILE 'x'",
+        "SELECT a AS x INTO t2 FROM t",
+        "SELECT 1 SETTINGS readonly = 0",
+        "SELECT 1 AS by SETTINGS `readonly`=0",
+        "SELECT * FROM url('http://x')",
+        "SELECT * FROM `url`('http://x')",
+        'SELECT * FROM "s3" (1)',
+        "SELECT * FROM unheardof(1)",
+        "SELECT * FROM db.remote(1)",
+        "SELECT * FROM db.`remote`(1)",
+        "SELECT * FROM t, file('x')",
+        "SELECT 1 ORDER BY 1 UNION ALL WITH FILL FROM url('http://x') SELECT x",
+        "SELECT TOP 1 IS DISTINCT FROM url('http://x')",
+        "SELECT TOP 1 WITH TIES IS DISTINCT FROM url('http://x')",
+        "SELECT DISTINCT ON (IS) DISTINCT FROM url('http://x')",
+        "WITH `WITH` AS (SELECT 1 AS q) SELECT * FROM (WITH, url('http://x') AS z)",
+        "EXPLAIN WITH `WITH` AS (SELECT 1 AS q) SELECT * FROM (WITH, url('http://x') AS z)",
+        "SELECT aiFilter('x', 'y')",
+        "SELECT aiRedact('x')",
+        "SELECT aiSimilarity('x', 'y')",
+        "SELECT naiveBayesClassifierWithProb('m', 'x')",
+        "SELECT naiveBayesClassifierWithAllProbs('m', 'x')",
+        "SELECT * FROM `/etc/passwd.csv`",
+        "SELECT * FROM `passwd.csv`",
+        'SELECT * FROM "data/x"',
+        "SELECT * FROM 'file.csv'",
+        "SELECT * FROM t, 'file.csv'",
+        "SELECT * FROM t JOIN '/x' ON 1",
+        "SELECT * FROM (SELECT * FROM t, 'a/b')",
+        "SELECT * FROM (FROM 'a.parquet' SELECT *)",
+        "SELECT * FROM (t, 'f.csv')",
+        "SELECT * FROM ('f.csv', t)",
+        "SELECT * FROM (t JOIN 'f.csv' ON 1)",
+        "SELECT count(SELECT * FROM t, 'a/b')",
+        "DESCRIBE TABLE 'a.csv'",
+        "DESC 'a.csv'",
+        "SELECT file('x')",
+        "SELECT `fi\\x6ce`('x')",
+        "SELECT path APPLY(file) FROM t",
+        "SELECT path APPLY file FROM t",
+        "SELECT path APPLY `file` FROM t",
+        "SELECT COLUMNS('x') APPLY(x -> file(x)) FROM t",
+        "SELECT arrayMap(x -> file(x), a) FROM t",
+        "SELECT 1 WHERE 1 IN executable('x')",
+        "SELECT a IN (s3('x')) FROM t",
+        "SELECT dictGet('d', 'a', 1)",
+        "SELECT joinGet('a', 'b', 1)",
+        "SELECT format(JSONEachRow, '{}')",
+        "SELECT * FROM format(JSONEachRow, '{}')",
+        "SELECT 1.FROM url('x')",
+        "SELECT /* /* */ ' */ INTO OUTFILE 'x' -- '",
+        "SELECT 'abc",
+        "SELECT $$a$$",
+        "SELECT 1 # x",
+        "SELECT (1",
+        "SELECT 1]",
+        "SELECT (1]",
+        "SHOW CREATE TABLE t SETTINGS x = 1",
+        "SHOW TABLES FROM url('x')",
+        "SELECT getSetting('x'), hostName()",
+        "SELECT * FROM merge('db', '.*')",
+        "SELECT * FROM view(SELECT 1)",
+        "SELECT * FROM cluster('c', db.t)",
+        "SELECT sleep(3)",
+        "SELECT 1 SET x = 1",
+        "SELECT 1 --x\rDROP",
+        "SELECT 1 --x\u2028DROP TABLE t",
+        "SELECT \u2018a\u2019",
+        "SELECT c // \"\nFROM url('x') -- \"",
     ],
 )
-def test_any_other_query_is_refused_with_the_reason(query: str, reason: str) -> None:
+def test_any_other_query_is_refused(query: str) -> None:
     for tool in ("query_logs", "query_traces", "query_metrics"):
-        with pytest.raises(program.ObtraceError) as caught:
+        with pytest.raises(program.ObtraceError, match=f"{tool}: query is "):
             build(tool, query=query)
-        assert reason in str(caught.value)
+
+
+def test_sql_is_bounded_before_it_is_read() -> None:
+    build("query_logs", query="SELECT 1" + " " * 49_992)
+    with pytest.raises(program.ObtraceError, match="longer than 50000 characters"):
+        build("query_logs", query="SELECT 1" + " " * 49_993)
 
 
 # ---------------------------------------------------------------- the write gate
