@@ -1041,7 +1041,7 @@ def check_sql(query: str) -> str:
         check_file(tokens, i, openers)
         if tokens[i].kind == "sign" and tokens[i].text in "([{":
             openers.append(i)
-        elif tokens[i].kind == "sign" and tokens[i].text in ")]}":
+        elif tokens[i].kind == "sign" and tokens[i].text in ")]}":  # noqa: SIM102
             if not openers or tokens[openers.pop()].text + tokens[i].text not in ("()", "[]", "{}"):
                 raise ValueError("its brackets do not match")
     if openers:
@@ -1134,6 +1134,7 @@ BROKEN_CONNECTION = (
 
 PROXY_CREDENTIALS = "Proxy-authorization"  # as urllib's ProxyHandler spells it
 KEY_REMOVED = "[API key removed]"
+MAX_KEYS = 4  # that were read last; each costs a look through every answer
 WRITING_IS_OFF = "this server is read-only; the operator can restart it with --enable-write"
 
 
@@ -1402,7 +1403,7 @@ class Client:
     def __init__(self, config: Config, enable_write: bool = False) -> None:
         self.config = config
         self.enable_write = enable_write
-        self._keys: set[str] = set()  # all that were read, so that none is ever shown
+        self._keys = Keys()
         if config.api_key.is_set:
             self._keys.add(config.api_key.read())
         self._transport = Transport(lambda: self.context)
@@ -1423,7 +1424,8 @@ class Client:
         if config is self.config:
             return self
         client = copy.copy(self)  # what it has in common is the transport, which keeps the connections of keys apart
-        client.config, client._keys = config, self._keys | {config.api_key.read()}
+        client.config, client._keys = config, copy.copy(self._keys)
+        client._keys.add(config.api_key.read())
         return client
 
     @functools.cached_property
@@ -1432,16 +1434,13 @@ class Client:
         return tls_context(self.config)
 
     def scrub(self, value: str) -> str:
-        """The text without any API key that was read so far."""
-        for api_key in list(self._keys):  # another thread may read a rotated key meanwhile
-            for form in _written_forms(api_key):
-                value = value.replace(form, KEY_REMOVED)
-        return value
+        """The text without the API keys that were read last."""
+        return self._keys.remove(value)
 
     def scrub_data(self, answer: Answer, data: Any) -> Any:
         """The answer's data without any API key, before any cut could leave a part of one."""
-        echoed = any(form.encode() in answer.body for key in list(self._keys) for form in _written_forms(key))
-        return self._scrub_value(data) if echoed or b"\\u00" in answer.body else data
+        text = answer.body.decode("utf-8", "replace")
+        return data if self._keys.remove(text) == text else self._scrub_value(data)
 
     def _scrub_value(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -1550,13 +1549,35 @@ def _proxies(url: str) -> dict[str, str]:
     return {target.scheme: f"http://{user}{sign}{f'[{host}]' if ':' in host else host}:{port}"}
 
 
-@functools.lru_cache(maxsize=100)
-def _written_forms(api_key: str) -> list[str]:
-    """The key as it is, and as JSON or a URL would write it; the longest first."""
-    percent, escaped = urllib.parse.quote(api_key, safe=""), json.dumps(api_key)[1:-1]
-    lower = re.sub("%..", lambda match: match[0].lower(), percent)
-    forms = {api_key, escaped, escaped.replace("/", "\\/"), percent, lower, urllib.parse.quote(api_key)}
-    return sorted(forms, key=len, reverse=True)
+class Keys:
+    """The API keys that were read last; they are removed from whatever leaves the process."""
+
+    def __init__(self) -> None:
+        self._known: tuple[tuple[str, re.Pattern[str]], ...] = ()  # replaced as a whole: threads share it
+
+    def add(self, api_key: str) -> None:
+        """Remember the key, and forget all but the last few: a rotated key is soon invalid."""
+        if all(api_key != known for known, _ in self._known):
+            self._known = (*self._known[1 - MAX_KEYS :], (api_key, written_forms(api_key)))
+
+    def remove(self, text: str) -> str:
+        """The text without the keys."""
+        for _, pattern in self._known:
+            text = pattern.sub(KEY_REMOVED, text)
+        return text
+
+
+def written_forms(api_key: str) -> re.Pattern[str]:
+    r"""An expression for the key as it is, and as JSON (`\u0041`, `\/`, also nested) or a URL (`%41`) writes it.
+
+    Each branch begins with a literal, so that `re` skips quickly to where a match may begin.
+    """
+    letters = []
+    for letter in api_key:
+        code = "".join(f"[{digit}{digit.upper()}]" if digit.isalpha() else digit for digit in f"{ord(letter):02x}")
+        escape = rf"|\\\\{{0,7}}{re.escape(letter)}" if letter in '"\\/' else ""
+        letters.append(rf"(?:{re.escape(letter)}|\\\\{{0,7}}u00{code}|%{code}{escape})")
+    return re.compile("".join(letters))
 
 
 def _read_body(response: http.client.HTTPResponse, call: Call) -> bytes:
@@ -3318,13 +3339,13 @@ def tool_table(tools: Mapping[str, Tool]) -> str:
 
 def _without_key(message: str) -> str:
     """A message of ours without a secret, should somebody have typed it into a flag."""
+    keys = Keys()
     for variable in ("OBTRACE_API_KEY", "OBTRACE_API_KEY_FILE", "OBTRACE_MCP_TOKEN", "OBTRACE_MCP_TOKEN_FILE"):
         name = variable.removesuffix("_FILE")
         with contextlib.suppress(ConfigError):
             value = _variable(os.environ, variable)
-            for form in _written_forms((Secret(name, value) if variable == name else Secret(name, file=value)).read()):
-                message = message.replace(form, KEY_REMOVED)
-    return message
+            keys.add((Secret(name, value) if variable == name else Secret(name, file=value)).read())
+    return keys.remove(message)
 
 
 if __name__ == "__main__":

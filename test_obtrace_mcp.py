@@ -1505,6 +1505,17 @@ def test_the_key_never_leaves_even_when_the_service_echoes_it(service: Service, 
     )
 
 
+def test_only_the_last_few_keys_are_looked_for_and_each_in_every_form() -> None:
+    keys = program.Keys()
+    for number in range(1000):
+        keys.add(f"key-number-{number}")
+    assert len(keys._known) == program.MAX_KEYS
+    assert keys.remove("key-number-995 key-number-996") == "key-number-995 [API key removed]"
+    keys.add('obt_/"a')
+    for form in ('obt_/"a', 'obt_\\/\\"a', "obt_%2F%22a", "obt_%2f%22%61", r"\u006fbt_\u002F\"a", r"obt_\\\/\\\"a"):
+        assert keys.remove(f"<{form}>") == "<[API key removed]>", form
+
+
 def test_gets_share_a_connection_and_a_stale_one_costs_a_silent_reconnect(service: Service) -> None:
     with serving(**service.environ) as process:
         for _ in range(3):
