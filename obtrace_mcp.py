@@ -1755,6 +1755,7 @@ def note_on(request: Request, data: Any, tools: Mapping[str, Tool]) -> str:
         bounds = "That bounds the SQL beside any WHERE." if searched and request.tool.startswith("query_") else ""
         hints = ["a longer time range, e.g. time_from=now-24h"] if request.window else []
         hints += [f"the call without {' or '.join(request.filters)}"] if request.filters else []
+        hints += ["SELECT DISTINCT for how values are spelt"] if request.tool.startswith("query_") else []
         hints += [f"{overview} for what there is"] if overview in tools and overview != request.tool else []
         hint = f"Try {', or '.join(hints)}." if hints else ""
         return " ".join(part for part in ("Nothing was found.", searched, bounds, hint) if part)
@@ -1962,12 +1963,10 @@ class Toolbox:
         now = time.time_ns() // 10**6 * 10**6  # milliseconds are precise enough
         request = build_request(tool, given, client.config.project_id, now)
         answer = client.send(request, call)
-        try:
-            data = read_answer(request, answer, client.config.api_key.source)
-        except ObtraceError as error:
-            if answer.status >= 400 and tool.name.startswith("query_") and UNKNOWN_NAME.search(answer.text[:5000]):
-                raise ObtraceError(f"{error}; {self._columns(tool, given, call, client)}") from None
-            raise
+        if answer.status >= 400 and tool.name.startswith("query_") and UNKNOWN_NAME.search(answer.text[:5000]):
+            told = quote(service_message(answer), MAX_MESSAGE)
+            raise ObtraceError(f"{tool.name} was refused: {told}; {self._columns(tool, given, call, client)}")
+        data = read_answer(request, answer, client.config.api_key.source)
         return answer_text(request, data, client.config.max_result_chars, self.tools, call, len(answer.text))
 
     @staticmethod

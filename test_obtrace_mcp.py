@@ -520,6 +520,17 @@ def test_the_last_hour_is_sent_where_the_service_wants_a_window(tool: str) -> No
         assert (given["time_from"], given["time_to"]) == ("2026-01-01T23:00:00Z", "2026-01-02T00:00:00Z")
 
 
+DEFAULT_LIMITS = {
+    100: "query_logs query_traces query_metrics list_alert_history", 20: "log_patterns", 200: "get_replay_events", 10: "global_search",
+    50: "search_logs search_traces list_dashboards list_incidents list_alert_rules list_projects list_apps list_teams list_users list_replay_sessions",
+}  # fmt: skip
+
+
+def test_the_default_limits_are_those_of_the_contract() -> None:
+    found = {name: tool.args["limit"].default for name, tool in program.TOOL_NAMES.items() if "limit" in tool.args}
+    assert found == {name: limit for limit, names in DEFAULT_LIMITS.items() for name in names.split()}
+
+
 # ---------------------------------------------------------------- what a client sees
 
 
@@ -628,7 +639,7 @@ SAMPLE: list[tuple[str, dict[str, Any], str]] = [
     ("query_logs", {"query": "WITH RECURSIVE a AS (SELECT 1 UNION ALL SELECT 1 FROM a) SELECT count(*) FROM a"}, "refused: SQLite"),
     ("query_logs", {"query": "SELECT Foo FROM otel_logs"}, "refused: Foo ... otel_logs has the columns ... SeverityText String"),
     ("query_traces", {"query": "SELECT 1 FROM nope"}, "refused: nope ... otel_traces has the columns ... Duration UInt64"),
-    ("query_logs", {"query": "DESCRIBE TABLE nope"}, "refused: 404 ... nope"),
+    ("query_logs", {"query": "DESCRIBE TABLE nope"}, "refused: UNKNOWN_TABLE ... nope"),
 ]
 # fmt: on
 
@@ -1446,7 +1457,7 @@ NOTES: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "empty": ("search_logs", {"text": "x", "service": "s", **EXACTLY}, {"severity": ["ERROR"], "logs": [], "total": 0},
               f"{NOTHING} {SEARCHED} {LONGER} the call without service, or list_log_services for what there is."),
     "empty SQL": ("query_logs", {**QUERY, **EXACTLY}, {"meta": [{"name": "Body"}], "data": [], "rows": 0, "statistics": {"elapsed": 0.1}},
-                  f"{NOTHING} {SEARCHED} That bounds the SQL beside any WHERE. {LONGER} list_log_services for what there is."),
+                  f"{NOTHING} {SEARCHED} That bounds the SQL beside any WHERE. {LONGER} SELECT DISTINCT for how values are spelt, or list_log_services for what there is."),
     "echo": ("list_incidents", {"service": "s", "status": "open"}, {"query": {"service": "s"}, "data": {"columns": ["id"], "incidents": []}},
              f"{NOTHING} Try the call without service or status, or list_apps for what there is."),
     "echoed list": ("list_teams", {}, {"teams": [], "query": {"ids": [1]}}, f"{NOTHING} Try list_projects for what there is."),
@@ -1463,7 +1474,7 @@ UNKNOWN = "Code: 47. DB::Exception: Unknown expression identifier `Bdy` in scope
 COLUMNS = reply('{"data":[{"name":"Body","type":"String"},{"name":"Time\u202e","type":"DateTime"}],"rows":2}')
 FOUND, NOT_FOUND = 'has the columns "Body String, Time\\u202e DateTime"', "lists the columns, SHOW TABLES the tables"
 UNKNOWNS: dict[str, tuple[Any, ...]] = {  # a call, its answers, what is said at the end, and the tables that are described
-    "400": ("query_logs", QUERY, [reply(UNKNOWN, 400), COLUMNS], f"; check the arguments; otel_logs {FOUND}", "otel_logs"),
+    "400": ("query_logs", QUERY, [reply(UNKNOWN, 400), COLUMNS], f"; otel_logs {FOUND}", "otel_logs"),
     "404": ("query_logs", {"query": "SELECT 1"}, [reply(json.dumps({"error": UNKNOWN}), 404), COLUMNS], f"; otel_logs {FOUND}", "otel_logs"),
     "another table": ("query_logs", {"query": "SELECT a FROM otel_x"}, [reply(UNKNOWN, 500), reply("", 400), COLUMNS], FOUND, "otel_x", "otel_logs"),
     "fails": ("query_traces", {"query": "SELECT 1"}, [reply(UNKNOWN, 400)], f"; DESCRIBE TABLE otel_traces {NOT_FOUND}", "otel_traces"),
