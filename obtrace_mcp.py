@@ -2716,12 +2716,16 @@ def diagnose(
     options: argparse.Namespace, environ: Mapping[str, str], tools: Mapping[str, Tool], keys: Keys
 ) -> Iterator[str]:
     """What is right, a sentence for each of STEPS; raises ConfigError or ObtraceError at the first that is wrong."""
-    config, exchange = configure(options, environ)
-    own_key, unknown = config.api_key.is_set, unknown_variables(environ)
+    unknown = ", ".join(unknown_variables(environ))
+    ignored = f"; without effect: {unknown}" if unknown else ""
+    try:
+        config, exchange = configure(options, environ)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{ignored}") from None
+    own_key = config.api_key.is_set
     if own_key:
         keys.add(config.api_key.read())
     given = ", ".join(variable.name for variable in VARIABLES if environ.get(variable.name, "").strip())
-    ignored = f"; without effect: {', '.join(unknown)}" if unknown else ""
     yield "the sample service (--demo)" if exchange else f"{given} from the environment, the rest by default{ignored}"
     yield config.url + ("; certificates are NOT verified (OBTRACE_TLS_INSECURE)" if config.tls_insecure else "")
     target = urllib.parse.urlsplit(config.url)
@@ -2741,11 +2745,7 @@ def diagnose(
     if own_key and answer.status != 403:
         expect_data(request, answer, config)
     limited = ", but it may not list projects" if answer.status == 403 else f", from {config.api_key.source}"
-    yield (
-        f"accepted{limited}"
-        if own_key
-        else "none of the server's own; each client has to send one, which is not checked"
-    )
+    yield f"accepted{limited}" if own_key else "none of the server's own; each client has to send one"
     yield scope_of(client) if own_key else "that of each caller"
     yield clock_of(answer, read_at)
     yield f"{tool_table(tools).splitlines()[-1]}; over {options.transport}{served_at(options, config)}"
