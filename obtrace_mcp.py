@@ -135,7 +135,8 @@ CALLER_HEADERS = ("X-Obtrace-API-Key", "X-Obtrace-Tenant-ID", "X-Obtrace-Project
 # No sentence repeats the value, which may be a secret.
 COMPLAINTS: list[tuple[str, str, str]] = [
     ("any", r"(?s)^.{4097}", "has more than 4096 characters"),
-    ("url secret token", r"^$", "is empty or not set"),
+    ("url", r"^$", "is empty or not set; set it, for example to https://api.obtrace.ai, or try --demo"),
+    ("secret token", r"^$", "is empty or not set; set it, or name a file that holds it in the variable with _FILE"),
     ("any", r"\$\{|^\$\w+$|^%\w+%$", "contains a placeholder such as ${VAR} that was not expanded; set that variable"),
     ("any", r"""^["'].*["']$""", "is in quotes; leave them out"),
     ("secret token", r"^(export\s+)?OBTRACE_\w+\s*=", "holds NAME=VALUE; it must hold the value alone"),
@@ -145,8 +146,8 @@ COMPLAINTS: list[tuple[str, str, str]] = [
     ("header secret token", r"[^!-~]", "contains a space or a non-ASCII character, which an HTTP header cannot carry"),
     ("secret token", r"\\", "contains a backslash, which no key does"),
     ("header", r"^\.\.?$", "is . or .., which a URL's path would swallow; use a real id"),
-    ("secret", r"^.{0,7}$", "has fewer than 8 characters, so it could not be told from ordinary text"),
-    ("token", r"^.{0,15}$", "has fewer than 16 characters, so it could be guessed"),
+    ("secret", r"^.{0,7}$", "has fewer than 8 characters; use the whole key"),
+    ("token", r"^.{0,15}$", "has fewer than 16 characters, and could be guessed; make one with: openssl rand -hex 32"),
     ("secret token", r"^[-+.\deE]+$", "is a number, which could not be told from data"),
     ("secret token", r"(?i)(^|[-_])your[-_]|\.\.\.$|^<.*>$|changeme", "is an example from a manual; use a real value"),
     ("url", r"^(?!https?://)", "does not begin with https:// (or http://)"),
@@ -436,7 +437,7 @@ TOOLS: dict[str, list[Tool]] = {
         Tool(READ, "query_logs", "GET /api/v1/query/logs", "query:sql* T* N=100 P",
              "Run SQL over otel_logs, for what search_logs cannot express. " + SQL_NOTE.format("otel_logs")),
         Tool(READ, "search_logs", "GET /api/v1/search/logs", "text* severity:levels service T* N=50 fields P",
-             "Find log records by text, severity or service. First choice for errors and messages."),
+             "Find log records by text, narrowed by severity or service. First choice for errors and messages."),
         Tool(READ, "list_log_services", "GET /api/v1/logs/services", "T P", "List the services that send logs."),
         Tool(READ, "log_stats", "GET /api/v1/logs/stats", "service group_by:log_group T* P",
              "Count logs over time or per group."),
@@ -920,7 +921,7 @@ def check_call(tokens: Sequence[Token], i: int) -> None:
     applied = (before[1] == "APPLY" or before == ["APPLY", "("]) and tokens[i + 1].text != "-"  # not a lambda
     if tokens[i + 1] != Token("sign", "(") and not applied:
         if kind == "word" and text in SQL_WRITES:
-            raise ValueError(f"{text} could write or lift a limit; a column of that name must be quoted")
+            raise ValueError(f"{text} could write or lift a limit; leave it out (a column of that name must be quoted)")
     elif (kind == "name" or text not in SQL_KEYWORDS) and not SQL_FUNCTIONS.fullmatch(text.lower()):
         advice = "read from tables, subqueries and numbers(n), and compute with common functions"
         raise ValueError(f"the function {quote(text)} is not on the list of those that only compute; {advice}")
@@ -1772,12 +1773,17 @@ def cut_note(request: Request, data: Any, shown: Cut) -> str:
     fewer = "select fewer columns" if request.tool.startswith("query_") else FEWER
     fewer = "name what you need in fields, or ask for fewer rows" if "fields" in args else fewer
     rows, kept = rows_of(data, request) or [], rows_of(shown.data, request) or []
-    if 0 < len(kept) < len(rows) and "time_to" in args:
-        first, last = time_of(kept[0]), time_of(kept[-1])
-        if first is not None and last is not None:
-            fewer += f", or go on with {'time_to' if first >= last else 'time_from'}={format_time(last)}"
+    start, _, end = request.window.partition(" to ")
+    if 0 < len(kept) < len(rows) and end:
+        times = [time_of(row) or 0 for row in rows]
+        last = format_time(times[len(kept) - 1])
+        if times == sorted(times, reverse=True) and times[0] > times[-1] > 0:
+            fewer += f", or go on with time_from={start} time_to={last}"
+        if times == sorted(times) and 0 < times[0] < times[-1]:
+            fewer += f", or go on with time_from={last} time_to={end}"
+    limit = f" {request.limit} is the limit of the call; there may be more." if len(rows) == request.limit else ""
     searched = f" Searched {request.window} (UTC)." if request.window else ""
-    return f"Cut to {'; '.join(cuts[:3])}{more}. To see the rest, {fewer}.{searched}"
+    return f"Cut to {'; '.join(cuts[:3])}{more}. To see the rest, {fewer}.{limit}{searched}"
 
 
 def time_of(row: Any) -> int | None:
@@ -2316,7 +2322,7 @@ def listen(addr: str, token: Secret) -> list[socket.socket]:
             sockets[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except (OSError, UnicodeError) as error:
         why = reason(error).partition(" (")[0]
-        raise ConfigError(f"--addr cannot be listened on ({why}); use a free port of this machine's") from None
+        raise ConfigError(f"--addr cannot be listened on ({why}); use another port or address") from None
     return sockets
 
 
@@ -2739,7 +2745,7 @@ def diagnose(
     yield "in this program" if exchange else addresses_of(where, source if proxies else "OBTRACE_URL")
     request = Request("--check", "GET", "/api/v1/projects")
     answer, read_at = ask(client, request), time.time()
-    yield connection_of(answer)
+    yield "in this program" if exchange else connection_of(answer)
     if answer.status == 404 and own_key:
         raise ObtraceError("what answers is not the Obtrace API; check host, port and path in OBTRACE_URL")
     if own_key and answer.status != 403:
@@ -3017,7 +3023,8 @@ def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
     for number, pair in enumerate(pairs, start=1):
         argument, sign, value = pair.partition("=")
         if not sign or not argument:
-            raise ConfigError(f"--call: argument {number} of {name} is not NAME=VALUE")
+            names = ", ".join(TOOL_NAMES[name].args)
+            raise ConfigError(f"--call: argument {number} of {name} is not NAME=VALUE; the names are {names}")
         given.setdefault(argument, []).append(value)
     with deadline(toolbox.client.config.timeout) as call:
         once = {argument: values[0] if len(values) == 1 else values for argument, values in given.items()}

@@ -1449,10 +1449,11 @@ CUTS: dict[str, tuple[Any, ...]] = {  # and what is told, and by which tool
     "many": ({f"t{n}": "x" * 3000 for n in range(9)}, '3,000 characters in "t2", and 6 more. To'),
     "number": (int("9" * 4000), "1,299 of 4,000 characters. To"), "negative": (-int("9" * 4000), "1,299 of 4,001 characters. To"),
     "foreign": ({FOREIGN: [1] * 9000}, f'of 9,000 in "{FOREIGN}". To'), "foreign and long": ({"k" * 60: [1] * 9000}, f'of 9,000 in "{"k" * 49}...". To'),
-    "from": (timed("Timestamp", "2026-01-02T03:00:{:02}Z"), "or lower limit, or go on with time_from=2026-01-02T03:00:34Z.", "list_incidents"),
-    "down": (timed("time", "2026-01-02T03:00:{:02}.120Z", -1), ", or go on with time_to=2026-01-02T03:00:26.120Z.", "search_logs"),
-    "epoch": (timed("TimeUnix", "17673228{:02}000000001"), "select fewer columns, or go on with time_from=2026-01-02T03:00:34.000000001Z.", "query_logs"),
+    "from": (timed("Timestamp", "2026-01-02T03:00:{:02}Z"), "or lower limit, or go on with time_from=2026-01-02T03:00:34Z time_to=2026-01-02T04:00:00Z.", "list_incidents"),
+    "down": (timed("time", "2026-01-02T03:00:{:02}.120Z", -1), ", or go on with time_from=2026-01-02T03:00:00Z time_to=2026-01-02T03:00:26.120Z.", "search_logs"),
+    "epoch": (timed("TimeUnix", "17673228{:02}000000001"), "select fewer columns, or go on with time_from=2026-01-02T03:00:34.000000001Z time_to=2026-01-02T04:00:00Z.", "query_logs"),
     "no time": (timed("when", "2026-01-02T03:00:{:02}Z"), "columns.", "query_traces"), "odd time": (timed("time", "{} o'clock"), "columns.", "query_logs"),
+    "no order": (timed("time", "2026-01-02T03:00:{:02}Z")[::-2] + timed("time", "2026-01-02T03:00:{:02}Z"), "or ask for fewer rows. S", "search_logs"),
     "no window": (timed("time", "2026-01-02T03:00:{:02}Z"), "or lower limit.", "list_teams"),
 }
 EXACTLY, QUERY = {"time_from": "2026-01-01", "time_to": "2026-01-02T00:00:00+01:00"}, {"query": "SELECT Body FROM otel_logs"}
@@ -1568,7 +1569,8 @@ def test_a_result_over_the_budget_is_the_largest_prefix_of_rows(service: Service
 @pytest.mark.parametrize("case", CUTS)
 def test_what_is_too_large_is_cut_and_told_with_how_to_go_on(case: str) -> None:
     data, said, *tool = CUTS[case]
-    text = shown(data, 2000, *tool)
+    window = "" if case == "no window" else "2026-01-02T03:00:00Z to 2026-01-02T04:00:00Z"
+    text = shown(data, 2000, *tool, window=window)
     assert (50 if case == "key" else 1000) < len(text) <= 2000 and said in json.loads(text)["note"]
 
 
