@@ -1774,14 +1774,15 @@ def cut_note(request: Request, data: Any, shown: Cut) -> str:
     fewer = "name what you need in fields, or ask for fewer rows" if "fields" in args else fewer
     rows, kept = rows_of(data, request) or [], rows_of(shown.data, request) or []
     start, _, end = request.window.partition(" to ")
+    since = "" if start == "the beginning" else f"time_from={start} "
     if 0 < len(kept) < len(rows) and end:
         times = [time_of(row) or 0 for row in rows]
         last = format_time(times[len(kept) - 1])
         if times == sorted(times, reverse=True) and times[0] > times[-1] > 0:
-            fewer += f", or go on with time_from={start} time_to={last}"
+            fewer += f", or go on with {since}time_to={last}"
         if times == sorted(times) and 0 < times[0] < times[-1]:
             fewer += f", or go on with time_from={last} time_to={end}"
-    limit = f" {request.limit} is the limit of the call; there may be more." if len(rows) == request.limit else ""
+    limit = f" {request.limit} is the limit of the call; there may be more." if 0 < len(rows) == request.limit else ""
     searched = f" Searched {request.window} (UTC)." if request.window else ""
     return f"Cut to {'; '.join(cuts[:3])}{more}. To see the rest, {fewer}.{limit}{searched}"
 
@@ -1969,7 +1970,8 @@ class Toolbox:
         now = time.time_ns() // 10**6 * 10**6  # milliseconds are precise enough
         request = build_request(tool, given, client.config.project_id, now)
         answer = client.send(request, call)
-        if answer.status >= 400 and tool.name.startswith("query_") and UNKNOWN_NAME.search(answer.text[:5000]):
+        unknown = tool.name.startswith("query_") and UNKNOWN_NAME.search(answer.text[:5000])
+        if unknown and answer.status in (400, 404, 422, 500):
             told = quote(service_message(answer), MAX_MESSAGE)
             raise ObtraceError(f"{tool.name} was refused: {told}; {self._columns(tool, given, call, client)}")
         data = read_answer(request, answer, client.config.api_key.source)
