@@ -918,7 +918,8 @@ def check_call(tokens: Sequence[Token], i: int) -> None:
     (kind, text), before = tokens[i], [token.text for token in tokens[i - 2 : i]]
     if kind not in ("word", "name"):
         return
-    applied = (before[1] == "APPLY" or before == ["APPLY", "("]) and tokens[i + 1].text != "-"  # not a lambda
+    is_lambda = [token.text for token in tokens[i + 1 : i + 3]] == ["-", ">"]
+    applied = (before[1] == "APPLY" or before == ["APPLY", "("]) and not is_lambda
     if tokens[i + 1] != Token("sign", "(") and not applied:
         if kind == "word" and text in SQL_WRITES:
             raise ValueError(f"{text} could write or lift a limit; leave it out (a column of that name must be quoted)")
@@ -930,14 +931,16 @@ def check_call(tokens: Sequence[Token], i: int) -> None:
 def check_file(tokens: Sequence[Token], i: int, level: Level) -> None:
     """Refuse a table that is named like a file, as a quoted name or a string; raises ValueError."""
     (kind, text), first = tokens[i], i - 1
-    while tokens[first] == Token("sign", "."):  # a database before the table
+    if kind not in ("name", "string"):
+        return
+    while tokens[first] == Token("sign", ".") and first > i - 20:  # a database before the table
         first -= 2
     before = tokens[first].text if tokens[first].kind in ("word", "sign") else ""
-    leads = before in ("FROM", "JOIN", "TABLE", "DESCRIBE", "DESC", "IN")
+    leads = before in ("FROM", "JOIN", "TABLE", "DESCRIBE", "DESC", "IN", ".")  # a dot: too many to look further
     listed = before in (",", "(") and (level.tables or kind == "name" and level.called)
     ending = text.rpartition(".")[2][:30].lower() if "." in text else ""
     like_a_file = re.search(r"[/\\*?{]", text) or leads and "." in text or SQL_ENDING.fullmatch(ending)
-    if kind in ("name", "string") and (leads or listed) and like_a_file:
+    if (leads or listed) and like_a_file:
         raise ValueError(f"the name {quote(text)} could be read as a file; use a plain table")
 
 

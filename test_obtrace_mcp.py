@@ -961,6 +961,7 @@ PLACES = {
     "backticks": "SELECT * FROM `{f}`(1)", "quotes": "SELECT * FROM \"{f}\" (1)", "database": "SELECT * FROM db.{f}/**/(1)", "upper": "SELECT * FROM {F}(1)",
     "fill": "SELECT 1 ORDER BY 1 UNION ALL WITH FILL FROM {f}(1) SELECT x", "top": "SELECT TOP 1 IS DISTINCT FROM {f}(1)", "describe": "DESC {f}(1)",
     "explain": "EXPLAIN WITH `WITH` AS (SELECT 1) SELECT * FROM (WITH, {f}(1) AS z)", "show": "SHOW TABLES FROM {f}(1)", "APPLY `": "SELECT a APPLY `{f}`",
+    "APPLY -": "SELECT COLUMNS('p') APPLY {f} - 1 FROM t", "APPLY(-)": "SELECT * APPLY({f} - 1) FROM t", "APPLY >": "SELECT * APPLY {f} > 1 FROM t",
     "IN ()": "SELECT a IN ({f}(1)) FROM t", "WHERE IN": "SELECT 1 WHERE 1 IN {f}(1)", "database `": "SELECT * FROM db.`{f}`(1)",
     "ties": "SELECT TOP 1 WITH TIES IS DISTINCT FROM {f}(1)", "distinct on": "SELECT DISTINCT ON (IS) DISTINCT FROM {f}(1)",
 }
@@ -1004,6 +1005,7 @@ NOT_READING = [
     "SELECT in((1, 'v'), `x.dat`)", "SELECT (1, 'v') IN (`a/b`)", "SELECT * FROM (((TABLE 'x.csv')))",
     "SELECT arrayMap(file, ['x'])", "SELECT mapApply(`file`, m)", "SELECT * FROM t JOIN 'data*'", "SELECT 1 IN 'f.csv'", "INSERT INTO t VALUES (1)",
     "SELECT COLUMNS('x') APPLY(x -> file(x)) FROM t", "insert/**/into t select 1", "SYSTEM SHUTDOWN", "-- nothing", "SELECT 1; DROP TABLE t", "DESC 'a.csv'",
+    f"SELECT 1 FROM {'a.' * 30}`b.csv`",
     "SELECT 1 /* ' */ ; DROP TABLE t -- '", "WITH x AS (SELECT 1) INSERT t SELECT * FROM x", "WITH x AS (DELETE FROM t RETURNING *) SELECT * FROM x",
     "EXPLAIN INSERT INTO t SELECT 1", "EXPLAIN AST DROP TABLE t", "SELECT 1 PARALLEL WITH SELECT 2", "SELECT * FROM t InTo/**/OUTFILE 'x'", "SELECT 1.FROM t",
     "SELECT a AS x INTO t2 FROM t", "SELECT 1 SETTINGS readonly = 0", "SELECT 1 AS by SETTINGS `readonly`=0", "SELECT * FROM unheardof(1)", "SELECT 'abc", " ",
