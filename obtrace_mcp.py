@@ -583,7 +583,9 @@ HOUR = 3600 * SECOND
 UNITS = {"s": SECOND, "m": 60 * SECOND, "h": HOUR, "d": 24 * HOUR, "w": 7 * 24 * HOUR}
 YEAR_10000 = 253_402_300_800 * SECOND  # the first instant that RFC 3339 cannot write
 TIME_FORMS = "RFC 3339, a date, epoch seconds to nanoseconds, now, or relative such as now-2h, -30m, 2h (s, m, h, d, w)"
+# Other names that people give to arguments and flags.
 MEANT = {"start": "time_from", "from": "time_from", "since": "time_from", "end": "time_to", "to": "time_to"}
+MEANT |= {"port": "--addr", "host": "--addr"}
 
 
 @dataclass(frozen=True)
@@ -770,8 +772,9 @@ def format_time(instant: int) -> str:
 
 # The query tools only read, whatever --enable-write says. The guard does not guess where a table
 # may stand, since ClickHouse's grammar has too many such places. Whatever is called like a
-# function, anywhere, must be on the list below. So nothing reaches a file, another host, a
-# dictionary or a model. SQL that could be tokenised in two ways is refused.
+# function, anywhere, or applied by its bare name (APPLY f, arrayMap(f, ...)), must be on the list
+# below, and no quoted table may be named like a file. So nothing reaches a file, another host,
+# a dictionary or a model. SQL that could be tokenised in two ways is refused.
 
 MAX_SQL = 50_000  # characters
 
@@ -2920,10 +2923,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     for category in TOOLS:
         group.add_argument(f"--disable-{category}", action="append_const", const=category, dest="disabled", default=[])
     options, rest = parser.parse_known_args(argv)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
     if rest:
         flag = rest[0].partition("=")[0]
-        unknown = f"flag {flag}{nearest(flag, flags)}" if re.fullmatch(r"--[a-z-]{1,30}", flag) else "argument"
+        meant = nearest(MEANT.get(flag[2:], flag), parser._option_string_actions)
+        unknown = f"flag {flag}{meant}" if re.fullmatch(r"--[a-z-]{1,30}", flag) else "argument"
         raise ConfigError(f"there is an unknown {unknown}; see --help")
     if options.transport not in ("stdio", *PATHS):
         meant = nearest(options.transport, PATHS, 0.3)

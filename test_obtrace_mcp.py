@@ -730,7 +730,7 @@ RIGHT: list[tuple[dict[str, str], str, object]] = [
 MISSPELT = {"OBTRACE_BASE_URL": "OBTRACE_URL", "obtrace_url": "OBTRACE_URL", "OBTRACE_APIKEY": "OBTRACE_API_KEY", "OBTRACE_SIZE": "", "OBTRACE_TIMEOUT": ""}
 MISTAKES = [
     ("--api-key obt_hunter2", "unknown flag --api-key"), ("--api-key=obt_hunter2", "unknown flag --api-key"), ("obt_hunter2", "unknown argument"),
-    ("-kobt_hunter2", "unknown argument"), ("--port 8080", "unknown flag --port"), ("--enable-writes", "did you mean --enable-write?"),
+    ("-kobt_hunter2", "unknown argument"), ("--port 8080", "--port (did you mean --addr?)"), ("--enable-writes", "did you mean --enable-write?"),
     ("--disable-log", "did you mean --disable-logs?"), ("--transport http", "is not one of stdio, streamable-http, sse"),
     ("--transport htpp", "did you mean streamable-http?"), ("--transport", "--transport: expected one argument"), ("--enabled-tools ''", "leave no tool"),
     ("--enable-write=hunter2", "--enable-write: ignored explicit argument"), ("--allowed-hosts hunter2", "--allowed-hosts counts only with"),
