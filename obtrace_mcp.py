@@ -36,6 +36,7 @@ import copy
 import difflib
 import functools
 import gc
+import hashlib
 import hmac
 import http.client
 import ipaddress
@@ -43,6 +44,7 @@ import json
 import logging
 import os
 import re
+import select
 import signal
 import socket
 import ssl
@@ -150,6 +152,7 @@ COMPLAINTS: list[tuple[str, str, str]] = [
     ("token", r"^.{0,15}$", "has fewer than 16 characters, and could be guessed; make one with: openssl rand -hex 32"),
     ("secret token", r"^[-+.\deE]+$", "is a number, which could not be told from data"),
     ("secret token", r"(?i)(^|[-_])your[-_]|\.\.\.$|^<.*>$|changeme", "is an example from a manual; use a real value"),
+    ("path", r"^~", "begins with ~, which only a shell expands; write the whole path"),
     ("url", r"^(?!https?://)", "does not begin with https:// (or http://)"),
     ("url", r"@", "contains a user or password; the key belongs in OBTRACE_API_KEY"),
     ("url", r"[?#]", "contains a query or fragment; only a host and a path prefix are accepted"),
@@ -159,6 +162,7 @@ COMPLAINTS: list[tuple[str, str, str]] = [
     ("flag", r"^(?!(?i:true|1|yes|false|0|no|)$)", "is neither true nor false"),
     ("seconds", r"^(?!\d{0,4}(\.\d{1,9})?$)", "is not a number of seconds such as 30"),
     ("characters", r"^(?!\d{0,8}$)", "is not a whole number of characters such as 50000"),
+    ("span", r"^(?!([1-9]\d{0,3}[smhdw])?$)", "is not a span of time such as 24h or 30d (s, m, h, d, w)"),
 ]  # fmt: skip
 TRUE = ("true", "1", "yes")
 RANGES = {"seconds": (0.001, 3600.0), "characters": (1000, MAX_BODY)}
@@ -224,18 +228,20 @@ class Variable(NamedTuple):
 VARIABLES = [
     Variable("OBTRACE_URL", "url", "base URL of the Obtrace API, such as `https://api.obtrace.ai` (required)"),
     Variable("OBTRACE_API_KEY", "text", "API key (required, this or the next)"),
-    Variable("OBTRACE_API_KEY_FILE", "text", "file that holds the key; it is read for each request"),
+    Variable("OBTRACE_API_KEY_FILE", "path", "file that holds the key; it is read for each request"),
     Variable("OBTRACE_TENANT_ID", "header", "tenant that every request is limited to"),
     Variable("OBTRACE_PROJECT_ID", "header", "project, unless a call names another"),
-    Variable("OBTRACE_TLS_CA_CERT", "text", "PEM file of the only CAs to trust (default: the system's and certifi's)"),
-    Variable("OBTRACE_TLS_CLIENT_CERT", "text", "PEM file of the client certificate, for mTLS"),
-    Variable("OBTRACE_TLS_CLIENT_KEY", "text", "PEM file of its private key"),
+    Variable("OBTRACE_TLS_CA_CERT", "path", "PEM file of the only CAs to trust (default: the system's and certifi's)"),
+    Variable("OBTRACE_TLS_CLIENT_CERT", "path", "PEM file of the client certificate, for mTLS"),
+    Variable("OBTRACE_TLS_CLIENT_KEY", "path", "PEM file of its private key"),
     Variable("OBTRACE_TLS_CLIENT_KEY_PASSWORD", "text", "password of the private key"),
     Variable("OBTRACE_TLS_INSECURE", "flag", "`true`: verify no certificate, allow `http://` to other machines"),
     Variable("OBTRACE_TIMEOUT", "seconds", "seconds for a whole call (default 30)"),
     Variable("OBTRACE_MAX_RESULT_CHARS", "characters", "characters of a result (default 50000)"),
     Variable("OBTRACE_MCP_TOKEN", "text", "bearer token that HTTP clients send; required beyond loopback"),
-    Variable("OBTRACE_MCP_TOKEN_FILE", "text", "file that holds the token; it is read for each request"),
+    Variable("OBTRACE_MCP_TOKEN_FILE", "path", "file that holds the token; it is read for each request"),
+    Variable("OBTRACE_MAX_WINDOW", "span", "longest time window of a call, such as `30d` (default: any)"),
+    Variable("OBTRACE_AUDIT_LOG", "path", "file, or `stderr`, that gets a line of JSON for each call (default: none)"),
 ]
 
 
@@ -255,6 +261,8 @@ class Config:
     tls_insecure: bool = False
     timeout: float = 30.0
     max_result_chars: int = 50_000  # large clients cut a result at about 25,000 tokens
+    max_window: str = ""
+    audit_log: str = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], needs_key: bool = True) -> Config:
@@ -358,6 +366,7 @@ ARGUMENTS: dict[str, Arg] = {
     "fields": Arg("fields", "keep only these of each row, e.g. Body, ResourceAttributes.k8s.pod.name"),
     "has_error": Arg("boolean", "true: only with errors"),
     "interval": Arg("duration", "between evaluations"),
+    "level": Arg("text", "e.g. ERROR"),
     "levels": Arg("list", "e.g. ERROR, WARN"),
     "limit": Arg("integer"),
     "log_group": Arg("text", "severity, service_name or resource"),
@@ -370,7 +379,6 @@ ARGUMENTS: dict[str, Arg] = {
     "prefix": Arg("text", "start of the name"),
     "project_id": Arg("project", "default: configured"),
     "service": Arg("text", "service.name"),
-    "severity": Arg("text", "e.g. ERROR"),
     "sql": Arg("sql", "one read-only ClickHouse SQL statement"),
     "step": Arg("duration", "bucket width"),
     "text": Arg("text", "words in the body"),
@@ -441,7 +449,7 @@ TOOLS: dict[str, list[Tool]] = {
         Tool(READ, "list_log_services", "GET /api/v1/logs/services", "T P", "List the services that send logs."),
         Tool(READ, "log_stats", "GET /api/v1/logs/stats", "service group_by:log_group T* P",
              "Count logs over time or per group."),
-        Tool(READ, "log_patterns", "GET /api/v1/logs/patterns", "service severity T* N=20 P",
+        Tool(READ, "log_patterns", "GET /api/v1/logs/patterns", "service severity:level T* N=20 P",
              "Cluster similar log messages and count them. Shows what dominates noisy logs."),
     ],
     "traces": [
@@ -556,12 +564,15 @@ TOOLS: dict[str, list[Tool]] = {
 TOOL_NAMES: dict[str, Tool] = {tool.name: tool for tools in TOOLS.values() for tool in tools}
 
 
-def select_tools(enabled: str | None, disabled: Iterable[str], enable_write: bool) -> dict[str, Tool]:
+def select_tools(enabled: Sequence[str] | None, disabled: Iterable[str], enable_write: bool) -> dict[str, Tool]:
     """The tools to serve, in the table's order; raises ConfigError for a selection that makes no sense."""
-    wanted = set(TOOLS) if enabled is None else set(re.split(r"[,\s]+", enabled.lower())) - {""}
+    wanted = set(TOOLS) if enabled is None else set(re.split(r"[,\s]+", " ".join(enabled).lower())) - {""}
     for name in sorted(wanted - TOOLS.keys()):
         if name not in TOOL_NAMES:
-            meant = nearest(name, [*TOOLS, *TOOL_NAMES]) or f"; use {', '.join(TOOLS)} or names of tools"
+            meant = (
+                nearest(name, [*TOOLS, *TOOL_NAMES])
+                or f"; use {', '.join(TOOLS)} or names of tools, or leave it out for all"
+            )
             raise ConfigError(f"--enabled-tools holds a name that is no tool or category{meant}")
         if TOOL_NAMES[name].write and not enable_write:
             raise ConfigError(f"--enabled-tools: {name} writes; add --enable-write, or leave it out")
@@ -585,7 +596,7 @@ YEAR_10000 = 253_402_300_800 * SECOND  # the first instant that RFC 3339 cannot 
 TIME_FORMS = "RFC 3339, a date, epoch seconds to nanoseconds, now, or relative such as now-2h, -30m, 2h (s, m, h, d, w)"
 # Other names that people give to arguments and flags.
 MEANT = {"start": "time_from", "from": "time_from", "since": "time_from", "end": "time_to", "to": "time_to"}
-MEANT |= {"port": "--addr", "host": "--addr"}
+MEANT |= {"port": "--addr", "host": "--addr", "http": "--transport", "stdio": "--transport"}
 
 
 @dataclass(frozen=True)
@@ -599,27 +610,21 @@ class Request:
     body: bytes | None = None
     project_id: str = ""
     window: str = ""  # what is searched
-    told: bool = True  # the call said from when
+    told: bool = True  # the window begins where the call says, not at a default
     limit: int = 0
     filters: tuple[str, ...] = ()  # the optional arguments that narrow the search
     fields: tuple[str, ...] = ()  # what to keep of each row
 
 
-def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: int) -> Request:
+def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: int, max_window: str = "") -> Request:
     """The request that a call makes; `now` is epoch nanoseconds. Raises ObtraceError, and sends nothing."""
     values = check_arguments(tool.name, tool.args, given, now)
     fields = tuple(values.pop("fields", ()))
     if tool.method == "PUT" and values.keys() <= tool.in_path | {"project_id"}:
         changes = ", ".join(name for name in tool.args if name not in tool.in_path | {"project_id"})
         raise ObtraceError(f"{tool.name}: nothing to change; give at least one of {changes}")
-    if tool.needs_window:
-        values.setdefault("time_to", now)
-        values.setdefault("time_from", max(0, values["time_to"] - HOUR))
-    start, end = values.get("time_from"), values.get("time_to")
+    start, end = window_of(tool, values, given, now, max_window)
     values |= {name: format_time(values[name]) for name in ("time_from", "time_to") if name in values}
-    if start is not None and end is not None and start > end:
-        order = f"time_from ({values['time_from']}) is after time_to ({values['time_to']})"
-        raise ObtraceError(f"{tool.name}: {order}; give a start before the end")
     if project_id and "project_id" in tool.args:
         values.setdefault("project_id", project_id)
     if missing := tool.in_path - values.keys():  # only project_id can still be missing here
@@ -629,7 +634,7 @@ def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: in
     about: dict[str, Any] = {
         "project_id": project,
         "window": f"{values.get('time_from', 'the beginning')} to {values.get('time_to', 'now')}" * bool(start or end),
-        "told": not tool.needs_window or bool(given.get("time_from")),
+        "told": "time_from" not in values or bool(given.get("time_from")),
         "limit": values.get("limit", 0),
         "filters": tuple(
             name for name in sorted(given.keys() & values.keys() - {"time_from", "time_to", "limit", "project_id"})
@@ -642,6 +647,26 @@ def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: in
     pairs = {name: "true" if value is True else value for name, value in values.items() if value is not False}
     query = urllib.parse.urlencode(pairs, doseq=True, quote_via=urllib.parse.quote, safe="")
     return Request(tool.name, tool.method, path, query, **about)
+
+
+def window_of(
+    tool: Tool, values: dict[str, Any], given: Mapping[str, Any], now: int, longest: str
+) -> tuple[int | None, int | None]:
+    """Complete the time window in the values; returns its ends where it has some. Raises ObtraceError."""
+    if tool.needs_window:
+        values.setdefault("time_to", now)
+        values.setdefault("time_from", max(0, values["time_to"] - HOUR))
+    if longest and "time_from" in tool.args:
+        earliest = max(0, values.get("time_to", now) - int(longest[:-1]) * UNITS[longest[-1]])
+        if given.get("time_from") and values["time_from"] < earliest:
+            allowed = f"longer than {longest}, which is the most that the operator allows (OBTRACE_MAX_WINDOW)"
+            raise ObtraceError(f"{tool.name}: the window is {allowed}; begin at {format_time(earliest)} or later")
+        values["time_from"] = max(values.get("time_from", 0), earliest)
+    start, end = values.get("time_from"), values.get("time_to")
+    if start is not None and end is not None and start > end:
+        order = f"time_from ({format_time(start)}) is after time_to ({format_time(end)})"
+        raise ObtraceError(f"{tool.name}: {order}; give a start before the end")
+    return start, end
 
 
 def check_arguments(owner: str, args: Mapping[str, Arg], given: Mapping[str, Any], now: int) -> dict[str, Any]:
@@ -1063,6 +1088,8 @@ class Call:
     def __init__(self, seconds: float, trace: str = "") -> None:
         self.seconds = seconds
         self.trace = trace  # a W3C traceparent, which goes to the service
+        self.caller = self.project = ""  # whose key it uses, and on what; for the audit log
+        self.made = time.monotonic()
         self.ended = threading.Event()
         self._connection: http.client.HTTPConnection | None = None
         self._sock: socket.socket | None = None
@@ -1340,6 +1367,13 @@ class Client:
         client.config, client.keys = config, copy.copy(self.keys)
         client.keys.add(config.api_key.read())
         return client
+
+    def fingerprint(self) -> str:
+        """Whose key it is, in eight hex digits that cannot be turned back into it; empty if it cannot be read."""
+        try:
+            return hashlib.sha256(self.config.api_key.read().encode()).hexdigest()[:8]
+        except ConfigError:
+            return ""
 
     def send(self, request: Request, call: Call) -> Answer:
         """Send the request, a GET again where that can help; raises ObtraceError if there is no answer."""
@@ -1944,18 +1978,69 @@ class Outcome(NamedTuple):
     failed: bool = False
 
 
+class Audit:
+    """The audit log: a line of JSON for each call and each refused HTTP request. It never fails a call."""
+
+    def __init__(self, path: str, transport: str) -> None:
+        self.path, self.transport = path, transport
+        self.failed = False
+        try:
+            if path not in ("", "stderr"):
+                self._append("")
+        except OSError as error:
+            advice = "name a file by its absolute path, or stderr"
+            raise ConfigError(f"OBTRACE_AUDIT_LOG cannot be written ({reason(error)}); {advice}") from None
+
+    def add_call(self, tool: str, call: Call, outcome: Outcome | None) -> None:
+        """Add a call; without an outcome it was cancelled."""
+        self.add(
+            tool=tool, write=TOOL_NAMES[tool].write, project=call.project, caller=call.caller, trace=call.trace[3:35],
+            outcome="cancelled" if outcome is None else "failed" if outcome.failed else "ok",
+            ms=round((time.monotonic() - call.made) * 1000), characters=len(outcome.text) if outcome else 0,
+        )  # fmt: skip
+
+    def add(self, **what: Any) -> None:
+        """Add a line, without what is empty; the first that cannot be written is told."""
+        if not self.path:
+            return
+        line = {"time": format_time(time.time_ns() // 10**6 * 10**6), "transport": self.transport, **what}
+        try:
+            self._append(json.dumps({name: value for name, value in line.items() if value != ""}) + "\n")
+            self.failed = False
+        except OSError as error:
+            if not self.failed and self.path != "stderr":
+                with contextlib.suppress(OSError):
+                    tell(f"OBTRACE_AUDIT_LOG cannot be written ({reason(error)}); calls go on without it")
+            self.failed = True
+
+    def _append(self, line: str) -> None:
+        """Open the file anew, since it may have been rotated away, and never wait; raises OSError."""
+        if self.path != "stderr":
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
+        elif os.name == "nt" or select.select([], [sys.stderr], [], 0)[1]:
+            file = os.dup(sys.stderr.fileno())
+        else:
+            raise BlockingIOError(0, "nobody reads it")
+        data = f"\n{line}".encode() if self.failed else line.encode()  # what failed may stand there in part
+        with open(file, "wb", buffering=0) as unbuffered:
+            if unbuffered.write(data) != len(data):
+                raise OSError(0, "the disk is full")
+
+
 class Toolbox:
     """The tools that the operator chose, over one client."""
 
-    def __init__(self, client: Client, tools: Mapping[str, Tool]) -> None:
+    def __init__(self, client: Client, tools: Mapping[str, Tool], audit: Audit) -> None:
         self.client = client
         self.tools = tools
+        self.audit = audit
 
     def run(self, name: str, given: Mapping[str, Any], call: Call, headers: Iterable[tuple[str, str]] = ()) -> Outcome:
         """Make the call, under the key in its HTTP request's headers if there is one. Never raises."""
         client = self.client
         try:
             client = client.for_caller(headers)
+            call.caller, call.project = client.fingerprint(), client.config.project_id
             if name not in self.tools:
                 if TOOL_NAMES[name].write and not client.enable_write:
                     raise ObtraceError(f"{name} would change something; {READ_ONLY}")
@@ -1974,7 +2059,8 @@ class Toolbox:
 
     def _answer(self, tool: Tool, given: Mapping[str, Any], call: Call, client: Client) -> str:
         now = time.time_ns() // 10**6 * 10**6  # milliseconds are precise enough
-        request = build_request(tool, given, client.config.project_id, now)
+        request = build_request(tool, given, client.config.project_id, now, client.config.max_window)
+        call.project = client.keys.remove(request.project_id)
         answer = client.send(request, call)
         unknown = tool.name.startswith("query_") and UNKNOWN_NAME.search(answer.text[:5000])
         if unknown and answer.status in (400, 404, 422, 500):
@@ -1991,7 +2077,7 @@ class Toolbox:
         for table in dict.fromkeys([named[1] if named else own, own]):
             ask = {**given, "query": f"DESCRIBE TABLE {table}", "limit": 200}
             with contextlib.suppress(ObtraceError, TypeError, KeyError):
-                request = build_request(tool, ask, client.config.project_id, time.time_ns())
+                request = build_request(tool, ask, client.config.project_id, time.time_ns(), client.config.max_window)
                 rows = rows_of(read_answer(request, client.send(request, call), ""), request) or []
                 if columns := ", ".join(f"{row['name']} {row['type']}" for row in rows):
                     return f"{table} has the columns {quote(columns, 3000)}"
@@ -2081,6 +2167,7 @@ class Handlers:
     async def call_tool(self, context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         """One call, once it has a turn."""
         if params.name not in TOOL_NAMES:
+            self.toolbox.audit.add(outcome="unknown tool")
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool{nearest(params.name, self.toolbox.tools)}")
         headers = context.request.headers.items() if context.request else ()  # none over stdio
         meta = context.meta or {}
@@ -2097,9 +2184,18 @@ class Handlers:
         return types.CallToolResult(content=content, is_error=outcome.failed)
 
     async def _run(self, name: str, given: Mapping[str, Any], call: Call, headers: Any) -> Outcome:
+        """Run the call once it has a turn, and add it to the audit log."""
+        outcome = None
+        try:
+            await self.turns.acquire()
+            outcome = await self._in_thread(name, given, call, headers)
+            return outcome
+        finally:
+            self.toolbox.audit.add_call(name, call, outcome)
+
+    async def _in_thread(self, name: str, given: Mapping[str, Any], call: Call, headers: Any) -> Outcome:
         """Run the call in a thread. Its turn ends with the thread, which may connect longer than its call lasts."""
         loop = asyncio.get_running_loop()
-        await self.turns.acquire()
         call.begin()
         try:
             future = self.pool.submit(self.toolbox.run, name, given, call, headers)
@@ -2246,10 +2342,18 @@ def not_json_rpc(error: Any) -> types.JSONRPCError:
 class Door:
     """The checks that every HTTP request passes before a route sees it."""
 
-    def __init__(self, allowed_hosts: str, token: Secret) -> None:
+    def __init__(self, allowed_hosts: str, config: Config, audit: Audit) -> None:
         self.hosts = {*LOOPBACK_HOSTS, *parse_hosts(allowed_hosts)}
-        self.token = token
+        self.config = config
+        self.audit = audit
         self.routes: dict[str, ASGIApp] = {}
+
+    def token(self) -> str:
+        """The bearer token as it is now, if there is one; raises ConfigError if it is not usable."""
+        token, api_key = self.config.mcp_token, self.config.api_key
+        if token.is_set and api_key.is_set and token.read() == api_key.read():
+            raise ConfigError("OBTRACE_MCP_TOKEN is the API key; use a token that was made for this server alone")
+        return token.read() if token.is_set else ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the route, or with the reason why not."""
@@ -2257,10 +2361,17 @@ class Door:
 
         path = scope["path"].rstrip("/")
         refused = self.refuse(path, Headers(scope=scope))
+        app = None if refused else self.routes.get(path)
         status, said = refused or (404, f"nothing is here; MCP is at {next(iter(self.routes))}")
         challenge = {"WWW-Authenticate": 'Bearer realm="mcp-obtrace"'} if status == 401 else None
-        app = None if refused else self.routes.get(path)
-        await (app or PlainTextResponse(f"{said}\n", status, challenge))(scope, receive, send)
+
+        async def watch(message: Any) -> None:
+            if message.get("status", 0) >= 400:
+                why = http.client.responses.get(message["status"], "") if app else said
+                self.audit.add(outcome="refused", status=message["status"], reason=why)
+            await send(message)
+
+        await (app or PlainTextResponse(f"{said}\n", status, challenge))(scope, receive, watch)
 
     def refuse(self, path: str, headers: Headers) -> tuple[int, str] | None:
         """The status and sentence that a request is refused with; None if it is allowed."""
@@ -2274,9 +2385,9 @@ class Door:
         if not self._is_ours(headers.get("host", "")):  # h11 refuses a request with two
             return 421, "the Host header names no host of this server (--allowed-hosts)"
         try:
-            token = self.token.read() if self.token.is_set else ""
+            token = self.token()
         except ConfigError:
-            return 503, "this server cannot read its own token; its operator must check OBTRACE_MCP_TOKEN_FILE"
+            return 503, "this server cannot use its own token; its operator must check OBTRACE_MCP_TOKEN_FILE"
         given = headers.getlist("authorization")
         if token and not is_bearer(given, token):
             expanded = "; the client did not expand its ${...}" if "${" in "".join(given) else ""
@@ -2309,7 +2420,7 @@ def parse_hosts(value: str) -> list[str]:
     return hosts
 
 
-def listen(addr: str, token: Secret) -> list[socket.socket]:
+def listen(addr: str, token: str) -> list[socket.socket]:
     """Sockets that listen on HOST:PORT; raises ConfigError if that fails, or lets others in without a token."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]*)):(\d{1,5})", addr, re.ASCII)
     if not match or int(match[3]) > 65535:
@@ -2321,7 +2432,7 @@ def listen(addr: str, token: Secret) -> list[socket.socket]:
             ip = ipaddress.ip_address(str(address[0]).partition("%")[0])
             if ip.is_unspecified and host not in ("0.0.0.0", "::"):  # noqa: S104
                 raise ConfigError("--addr means all interfaces; write 0.0.0.0 or [::] for that")
-            if not ip.is_loopback and not token.is_set:
+            if not ip.is_loopback and not token:
                 raise ConfigError("--addr lets other machines in without OBTRACE_MCP_TOKEN; set it, or use 127.0.0.1")
             port = sockets[0].getsockname()[1] if sockets else port  # one port, if 0 lets the system choose
             dual = ip.is_unspecified and family == socket.AF_INET6 and socket.has_dualstack_ipv6()
@@ -2741,6 +2852,7 @@ def diagnose(
         keys.add(config.api_key.read())
     given = ", ".join(variable.name for variable in VARIABLES if environ.get(variable.name, "").strip())
     yield "the sample service (--demo)" if exchange else f"{given} from the environment, the rest by default{ignored}"
+    Audit(config.audit_log, options.transport)  # raises if it cannot be written
     yield config.url + ("; certificates are NOT verified (OBTRACE_TLS_INSECURE)" if config.tls_insecure else "")
     target = urllib.parse.urlsplit(config.url)
     proxies = {} if exchange else proxy_of(config.url)
@@ -2828,11 +2940,12 @@ def served_at(options: argparse.Namespace, config: Config) -> str:
     """Where HTTP would be served; raises ConfigError if it cannot be."""
     if options.transport == "stdio":
         return ""
-    door = open_door(options, config)
-    for sock in listen(options.addr, door.token):
+    door = Door(options.allowed_hosts or "", config, Audit("", ""))
+    token = door.token()
+    for sock in listen(options.addr, token):
         sock.close()
-    token = "with" if door.token.is_set else "without"
-    return f" at {options.addr}, {token} a token, for {', '.join(sorted(door.hosts))}"
+    how = "with" if token else "without"
+    return f" at {options.addr}, {how} a token, for {', '.join(sorted(door.hosts))}"
 
 
 def check(options: argparse.Namespace, environ: Mapping[str, str], tools: Mapping[str, Tool]) -> int:
@@ -2868,6 +2981,13 @@ class Parser(argparse.ArgumentParser):
         """Leave with the one sentence."""
         raise ConfigError(re.sub(" '.*'", "", message) + "; see --help")  # what is quoted may be a secret
 
+    def refuse(self, argument: str) -> NoReturn:
+        """Leave with a sentence on an argument that is not known."""
+        flag = argument.partition("=")[0]
+        meant = nearest(MEANT.get(flag[2:], flag), self._option_string_actions)
+        unknown = f"flag {flag}{meant}" if re.fullmatch(r"--[a-z-]{1,30}", flag) else "argument"
+        raise ConfigError(f"there is an unknown {unknown}; see --help")
+
 
 def tell(message: str) -> None:
     """A line for the operator."""
@@ -2899,17 +3019,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; raises ConfigError for one that is wrong. It never repeats a value, which may be a secret."""
-    summary = (__doc__ or "").partition("\n")[0]
-    width = max(len(variable.name) for variable in VARIABLES) + 2
-    rows = [f"  {variable.name:{width}}{variable.meaning.replace('`', '')}" for variable in VARIABLES]
-    rows.append(f"  {'HTTPS_PROXY, NO_PROXY':{width}}proxy, and hosts to reach without it")
+    rows = [f"  {variable.name:33}{variable.meaning.replace('`', '')}" for variable in VARIABLES]
+    rows.append(f"  {'HTTPS_PROXY, NO_PROXY':33}proxy, and hosts to reach without it")
     layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser("mcp-obtrace", description=summary, formatter_class=layout, add_help=False, allow_abbrev=False)
+    parser = Parser("mcp-obtrace", formatter_class=layout, add_help=False, allow_abbrev=False)
+    parser.description = (__doc__ or "").partition("\n")[0]
     parser.epilog = "\n".join(["environment variables:", *rows])
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="print this, and exit")
     add("--version", action="store_true", help="print the version, and exit")
-    add("--enabled-tools", metavar="LIST", help=f"serve only these tools or categories ({', '.join(TOOLS)})")
+    add("--enabled-tools", metavar="LIST", nargs="+", help=f"serve only these tools or categories ({', '.join(TOOLS)})")
     add("--enable-write", action="store_true", help="also serve the tools that create, change or delete")
     add("--transport", metavar="NAME", default="stdio", help="stdio (default), streamable-http, or the deprecated sse")
     add("--addr", metavar="HOST:PORT", help="where to listen for HTTP (default 127.0.0.1:8000); :PORT is loopback too")
@@ -2918,16 +3037,13 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--check", action="store_true", help="tell what is right and wrong with the set-up; it only reads")
     add("--list-tools", action="store_true", help="print the tools that would be served, and exit")
-    add("--call", nargs="+", metavar=("TOOL", "NAME=VALUE"), help="make one call, and print its result")
+    add("--call", nargs="+", metavar=("TOOL", "NAME=VALUE"), help="make one call; with --help, show the arguments")
     group = parser.add_argument_group("leave out a category, whatever --enabled-tools says")
     for category in TOOLS:
         group.add_argument(f"--disable-{category}", action="append_const", const=category, dest="disabled", default=[])
     options, rest = parser.parse_known_args(argv)
     if rest:
-        flag = rest[0].partition("=")[0]
-        meant = nearest(MEANT.get(flag[2:], flag), parser._option_string_actions)
-        unknown = f"flag {flag}{meant}" if re.fullmatch(r"--[a-z-]{1,30}", flag) else "argument"
-        raise ConfigError(f"there is an unknown {unknown}; see --help")
+        parser.refuse(rest[0])
     if options.transport not in ("stdio", *PATHS):
         meant = nearest(options.transport, PATHS, 0.3)
         raise ConfigError(f"--transport is not one of stdio, {', '.join(PATHS)}{meant}")
@@ -2935,7 +3051,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         if options.transport == "stdio" and getattr(options, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} counts only with --transport {' or '.join(PATHS)}")
     options.addr = options.addr or "127.0.0.1:8000"
-    options.text = parser.format_help() if options.help else f"mcp-obtrace {__version__}\n" if options.version else ""
+    options.text = f"mcp-obtrace {__version__}\n" if options.version else ""
+    if options.help:
+        called = options.call and TOOL_NAMES.get(options.call[0])
+        options.text = tool_help(called) if called else parser.format_help()
     return options
 
 
@@ -2943,17 +3062,11 @@ def configure(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[
     """The configuration, and the sample service if --demo asks for it; raises ConfigError."""
     if not options.demo:
         return Config.from_env(environ, needs_key=options.transport == "stdio" or bool(options.call)), None
-    kept = {name: value for name, value in environ.items() if re.match("OBTRACE_(TIMEOUT|MAX_RESULT|MCP_TOKEN)", name)}
+    kept = {
+        name: value for name, value in environ.items() if re.match("OBTRACE_(TIMEOUT|MAX_|MCP_TOKEN|AUDIT_LOG)", name)
+    }
     own = {"OBTRACE_URL": "https://sample.invalid", "OBTRACE_API_KEY": "obt_demo", "OBTRACE_PROJECT_ID": DEMO_PROJECT}
     return Config.from_env(kept | own), Demo().exchange
-
-
-def open_door(options: argparse.Namespace, config: Config) -> Door:
-    """The checks of the HTTP modes; raises ConfigError for a token that is not usable."""
-    token = config.mcp_token
-    if token.is_set and config.api_key.is_set and token.read() == config.api_key.read():
-        raise ConfigError("OBTRACE_MCP_TOKEN is the API key; use a token that was made for this server alone")
-    return Door(options.allowed_hosts or "", token)
 
 
 def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -2963,21 +3076,22 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         return 0
     tools = select_tools(options.enabled_tools, options.disabled, options.enable_write)
     if options.list_tools:
-        print(tool_table(tools))
+        hidden = len(select_tools(options.enabled_tools, options.disabled, True)) - len(tools)
+        print(tool_table(tools) + (f"\n--enable-write adds {hidden} that write" if hidden else ""))
         return 0
     if options.check:
         return check(options, environ, tools)
-    for name in unknown_variables(environ):
-        if "did you mean" in name:  # others may belong to other programs
-            tell(f"there is no variable {name}")
+    for name in filter(lambda name: "did you mean" in name, unknown_variables(environ)):
+        tell(f"there is no variable {name}")  # others may belong to other programs
     config, exchange = configure(options, environ)
     if config.tls_insecure:
         tell("OBTRACE_TLS_INSECURE is true: anyone on the network path can read the API key and the data")
-    toolbox = Toolbox(Client(config, options.enable_write, exchange), tools)
+    audit = Audit(config.audit_log, "call" if options.call else options.transport)
+    toolbox = Toolbox(Client(config, options.enable_write, exchange), tools, audit)
     if options.call:
         return call_once(toolbox, *options.call)
-    door = open_door(options, config) if options.transport != "stdio" else None
-    sockets = listen(options.addr, door.token) if door else []
+    door = Door(options.allowed_hosts or "", config, audit) if options.transport != "stdio" else None
+    sockets = listen(options.addr, door.token()) if door else []
     for number in SIGNALS:  # until the event loop takes them over; uvicorn raises them again when it has shut down
         signal.signal(number, lambda number, _: leave(0 if door else 128 + number))
     codecs.lookup("idna")  # else loaded at the first connection; for want of file descriptors it would fail for ever
@@ -3037,8 +3151,20 @@ def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
     with deadline(toolbox.client.config.timeout) as call:
         once = {argument: values[0] if len(values) == 1 else values for argument, values in given.items()}
         outcome = toolbox.run(name, once, call)
+    toolbox.audit.add_call(name, call, outcome)
     print(outcome.text, file=sys.stderr if outcome.failed else sys.stdout)
     return int(outcome.failed)
+
+
+def tool_help(tool: Tool) -> str:
+    """A tool and its arguments."""
+    lines = [f"{tool.name}{' (writes; needs --enable-write)' * tool.write}: {tool.description}", ""]
+    for name, arg in tool.args.items():
+        kind = arg.schema["type"].replace("array", "list")
+        meaning = [arg.description, f"one of {', '.join(arg.enum)}" * bool(arg.enum), "required" * arg.required]
+        meaning += ["repeat it for several" * (kind == "list"), f"default {arg.default}" * bool(arg.default)]
+        lines.append(f"  {name:15} {kind:9} {'; '.join(filter(None, meaning))}".rstrip())
+    return "\n".join(lines) + "\n"
 
 
 def tool_table(tools: Mapping[str, Tool]) -> str:

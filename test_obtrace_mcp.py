@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import functools
 import gzip
+import hashlib
 import http.client
 import http.server
 import json
@@ -24,6 +25,7 @@ import shlex
 import signal
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 import tempfile
@@ -200,7 +202,9 @@ def toolbox(environ: dict[str, str], *flags: str) -> program.Toolbox:
     options = program.parse_flags(flags)
     config, exchange = program.configure(options, environ)
     tools = program.select_tools(options.enabled_tools, options.disabled, options.enable_write)
-    return program.Toolbox(program.Client(config, options.enable_write, exchange), tools)
+    return program.Toolbox(
+        program.Client(config, options.enable_write, exchange), tools, program.Audit(config.audit_log, "stdio")
+    )
 
 
 def call(service: Service, tool: str, environ: dict[str, str] | None = None, /, **arguments: Any) -> tuple[str, bool]:
@@ -520,6 +524,32 @@ def test_the_last_hour_is_sent_where_the_service_wants_a_window(tool: str) -> No
         assert (given["time_from"], given["time_to"]) == ("2026-01-01T23:00:00Z", "2026-01-02T00:00:00Z")
 
 
+@pytest.mark.parametrize(("tool", "longest", "given", "expected"), [
+    ("list_incidents", "30d", {}, {"time_from": "2025-12-03T03:00:00Z"}), ("list_incidents", "30d", {"time_from": "now-30d"}, {"time_from": "2025-12-03T03:00:00Z"}),
+    ("list_incidents", "2w", {"time_to": "2026-01-01"}, {"time_from": "2025-12-18T00:00:00Z", "time_to": "2026-01-01T00:00:00Z"}),
+    ("summarize", "30d", {}, {"time_from": "2026-01-02T02:00:00Z", "time_to": "2026-01-02T03:00:00Z"}), ("get_trace", "1h", {"trace_id": "x"}, {}),
+    ("summarize", "15m", {}, {"time_from": "2026-01-02T02:45:00Z", "time_to": "2026-01-02T03:00:00Z"}), ("list_teams", "1h", {}, {}),
+    ("list_incidents", "9999w", {}, {"time_from": "1970-01-01T00:00:00Z"}), ("list_incidents", "30d", {"time_from": "1970-01-01"}, "30d"),
+    ("query_logs", "1h", {"query": "SELECT 1", "time_from": "2020-01-01T00:00", "time_to": "2020-01-01T01:00:01"}, "1h"),
+    ("search_logs", "30d", {"text": "x", "time_from": "now-30d", "time_to": "now+1s"}, "30d")])  # fmt: skip
+def test_a_window_is_bounded_by_what_the_operator_allows(tool: str, longest: str, given: Any, expected: Any) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(program.ObtraceError, match=f"longer than {longest}, .*begin at 2[0-9T:-]+Z or later"):
+            program.build_request(program.TOOL_NAMES[tool], given, "", NOW, longest)
+    else:
+        request = program.build_request(program.TOOL_NAMES[tool], given, "", NOW, longest)
+        assert {name: value for name, value in sent(request).items() if name.startswith("time_")} == expected
+
+
+def test_a_bound_that_the_call_did_not_ask_for_is_told(service: Service) -> None:
+    service.replies, bound = [reply('["x"]')], {"OBTRACE_MAX_WINDOW": "30d"}
+    assert re.match(r'\{"note":"Searched 20\S+ to now \(UTC\)."', call(service, "list_incidents", bound)[0])
+    assert call(service, "list_incidents", bound, time_from="now-1h") == ('["x"]', False)
+    assert call(service, "list_incidents", bound, time_from="now-31d")[1]
+    assert call(service, "query_logs", bound, query="SELECT 1", time_from="now-31d")[1]
+    assert len(service.requests) == 2
+
+
 DEFAULT_LIMITS = {
     100: "query_logs query_traces query_metrics list_alert_history", 20: "log_patterns", 200: "get_replay_events", 10: "global_search",
     50: "search_logs search_traces list_dashboards list_incidents list_alert_rules list_projects list_apps list_teams list_users list_replay_sessions",
@@ -702,7 +732,9 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     ("http://2130706433", "is http://"), ("http://128.0.0.1", "is http://")],
     "TENANT_ID": [("a\nX-Evil: 1", "control"), (".", "a URL's path would swallow")],
     "PROJECT_ID": [("hunter2\x7f", "control"), ("hunter2 x", "a space or a non-ASCII"), ("..", "a URL's path would swallow")],
-    "TLS_INSECURE": [("maybe", "is neither true nor false")], "TLS_CA_CERT": [('"/hunter2"', "is in quotes"), ("a\x00hunter2", "control")],
+    "TLS_INSECURE": [("maybe", "is neither true nor false")], "TLS_CA_CERT": [('"/hunter2"', "is in quotes"), ("a\x00hunter2", "control"), ("~/hunter2", "~, which only")],
+    "MAX_WINDOW": [("hunter2", "is not a span of time"), ("0d", "is not"), ("30", "is not"), ("1y", "is not"), ("30 d", "is not")],
+    "AUDIT_LOG": [("~hunter2", "begins with ~")],
     "TLS_CLIENT_KEY_PASSWORD": [("a${hunter2}b", "placeholder")], "TIMEOUT": [("soon", "is not a number of seconds"), ("nan", "not a number"),
     ("1e3", "not a number"), ("0", "from 0.001 to 3600"), ("0.0009", "range"), ("3600.001", "range")],
     "MAX_RESULT_CHARS": [("hunter2", "not a whole number of characters"), ("1e6", "not a whole number"), ("999", "from 1000 to 16777216"),
@@ -725,7 +757,7 @@ RIGHT: list[tuple[dict[str, str], str, object]] = [
     ({"API_KEY": "obt_1234"}, "api_key", program.Secret("OBTRACE_API_KEY", "obt_1234")), ({"TLS_INSECURE": ""}, "tls_insecure", False),
     ({"TLS_INSECURE": "No"}, "tls_insecure", False), ({"TLS_INSECURE": "0"}, "tls_insecure", False), ({"TLS_INSECURE": "1"}, "tls_insecure", True),
     ({"TIMEOUT": "0.001"}, "timeout", 0.001), ({"TIMEOUT": "3600"}, "timeout", 3600.0), ({"MAX_RESULT_CHARS": ""}, "max_result_chars", 50_000),
-    ({"MAX_RESULT_CHARS": "1000"}, "max_result_chars", 1000), ({"MAX_RESULT_CHARS": "16777216"}, "max_result_chars", 16_777_216),
+    ({"MAX_WINDOW": "9999w"}, "max_window", "9999w"), ({}, "max_window", ""), ({"MAX_RESULT_CHARS": "1000"}, "max_result_chars", 1000), ({"MAX_RESULT_CHARS": "16777216"}, "max_result_chars", 16_777_216),
 ]
 MISSPELT = {"OBTRACE_BASE_URL": "OBTRACE_URL", "obtrace_url": "OBTRACE_URL", "OBTRACE_APIKEY": "OBTRACE_API_KEY", "OBTRACE_SIZE": "", "OBTRACE_TIMEOUT": ""}
 MISTAKES = [
@@ -735,7 +767,7 @@ MISTAKES = [
     ("--transport htpp", "did you mean streamable-http?"), ("--transport", "--transport: expected one argument"), ("--enabled-tools ''", "leave no tool"),
     ("--enable-write=hunter2", "--enable-write: ignored explicit argument"), ("--allowed-hosts hunter2", "--allowed-hosts counts only with"),
     ("--addr hunter2:8080", "--addr counts only with --transport streamable-http or sse"), ("--check --call list_teams", "not allowed with argument"),
-    ("--enabled-tools lgos", "did you mean logs?"), ("--enabled-tools delete_dashboard", "delete_dashboard writes; add --enable-write"),
+    ("--stdio", "did you mean --transport?"), ("--enabled-tools all", "or leave it out for all"), ("--enabled-tools lgos", "did you mean logs?"), ("--enabled-tools delete_dashboard", "delete_dashboard writes; add --enable-write"),
     ("--enabled-tools obt_hunter2_secret", "no tool or category; use logs, traces"), ("--enabled-tools logs --disable-logs", "leave no tool"),
     ("--call", "--call: expected at least one"), ("--call serch_logs", "did you mean search_logs?"),
     ("--call obt_hunter2", "--call names an unknown tool; --list-tools"), ("--call search_logs obt_hunter2", "argument 1 of search_logs is not NAME=VALUE"),
@@ -747,7 +779,8 @@ MISTAKES = [
 def refused(environ: dict[str, str], *flags: str) -> str:
     """The sentence that a start is refused with; it repeats no value."""
     with pytest.raises(program.ConfigError) as caught:
-        program.open_door(program.parse_flags(flags), toolbox(environ, *flags).client.config)
+        options, box = program.parse_flags(flags), toolbox(environ, *flags)
+        program.Door(options.allowed_hosts or "", box.client.config, box.audit).token()
     said = str(caught.value)
     assert not [value for value in environ.values() if len(value.strip()) > 3 and value.strip() in said]
     assert not re.search(f"hunter|{KEY}", said)
@@ -1614,7 +1647,9 @@ def test_an_answer_is_not_written_on_for_a_call_that_ended(data: str) -> None:
         return program.Answer(200, {}, data)
 
     config = program.Config.from_env({"OBTRACE_URL": "https://x", "OBTRACE_API_KEY": KEY, "OBTRACE_MAX_RESULT_CHARS": "1000"})  # fmt: skip
-    text, failed = asked(program.Toolbox(program.Client(config, False, exchange), program.TOOL_NAMES))
+    text, failed = asked(
+        program.Toolbox(program.Client(config, False, exchange), program.TOOL_NAMES, program.Audit("", ""))
+    )
     assert failed and text.startswith("list_teams got no result: timed out after 60 s; narrow the time range")
 
 
@@ -1997,6 +2032,8 @@ TYPES = {"Content-Type": "application/json", "Accept": "application/json, text/e
 ANN = ("X-Obtrace-API-Key", "key-of-ann")
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n{"
+ROUTES_REFUSED: list[tuple[str, list[tuple[str, str]]]] = [
+    ("/mcp", []), ("/mcp", [WITH_TOKEN, ("Origin", "http://evil.test")]), ("/mcp", [WITH_TOKEN, ("Host", "evil.test")]), ("/x", [WITH_TOKEN]), ("/healthz", [])]  # fmt: skip
 SET_UPS = {
     "guarded": {"OBTRACE_MCP_TOKEN": TOKEN}, "keyed": {"OBTRACE_TENANT_ID": "t", "OBTRACE_PROJECT_ID": "p", "OBTRACE_TIMEOUT": "300"},
     "keyless": {"OBTRACE_API_KEY": ""}, "limited": {"LIMITS": "MAX_ARRIVAL = 1.0; MAX_STREAMS = 8"}}  # fmt: skip
@@ -2139,8 +2176,12 @@ def test_a_token_file_is_read_again_for_each_request(tmp_path: Path) -> None:
     from starlette.datastructures import Headers
 
     file, given = tmp_path / "token", Headers({"Host": "localhost", "Authorization": f"Bearer {TOKEN}"})
-    door = program.Door("", program.Secret("OBTRACE_MCP_TOKEN", file=str(file), kind="token"))
-    for token, refused in ((TOKEN, None), (f"{TOKEN}2", 401), ("", 503), (f"{TOKEN}\n", None)):
+    file.write_text(TOKEN)
+    (tmp_path / "key").write_text(KEY)
+    files = {"OBTRACE_MCP_TOKEN_FILE": str(file), "OBTRACE_API_KEY_FILE": str(tmp_path / "key")}
+    box = toolbox({"OBTRACE_URL": "https://x"} | files)
+    door = program.Door("", box.client.config, box.audit)
+    for token, refused in ((TOKEN, None), (f"{TOKEN}2", 401), ("", 503), (KEY, 503), (f"{TOKEN}\n", None)):
         file.write_text(token)
         assert (door.refuse("/sse", given) or [None])[0] == refused
 
@@ -2148,7 +2189,7 @@ def test_a_token_file_is_read_again_for_each_request(tmp_path: Path) -> None:
 def test_it_listens_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def names(addr: str, token: str = "") -> list[Any]:
         with contextlib.ExitStack() as stack:
-            sockets = [*map(stack.enter_context, program.listen(addr, program.Secret("OBTRACE_MCP_TOKEN", token)))]
+            sockets = [*map(stack.enter_context, program.listen(addr, token))]
             assert all(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for sock in sockets)
             return [sock.getsockname()[:2] for sock in sockets]
 
@@ -2443,6 +2484,113 @@ def test_it_opens_no_other_socket(service: Service, arguments: str, environ: dic
     assert {line.format(port=service.port) for line in expected} == set(re.findall("^AUDIT (.*)$", told, re.MULTILINE))
 
 
+# ---------------------------------------------------------------- the audit log
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """What the audit log holds, without what each call and clock changes."""
+    lines = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    for line in lines:
+        assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{3})?Z", line.pop("time"))
+        assert isinstance(line.pop("ms", 0), int)
+    return lines
+
+
+OWN = {"project": "shop", "caller": hashlib.sha256(b"obt_demo").hexdigest()[:8]}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX file modes")
+def test_each_call_adds_a_line_to_the_audit_log_that_holds_no_argument(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with closing(Adjusted("--demo", OBTRACE_AUDIT_LOG=str(log))) as process:
+        assert stat.S_IMODE(log.stat().st_mode) == 0o600
+        process.meta = {"traceparent": TRACE}
+        texts = [process.call("search_logs", text="hunter2 timeout")[0]]
+        process.meta = None
+        texts.append(process.call("get_trace", trace_id="hunter2", project_id="another")[0])
+        log.rename(tmp_path / "old")
+        texts.append(process.call("create_incident", title="hunter2", severity="low")[0])
+        process.ask("tools/call", name="hunter2")
+        process.end()
+    ok = {"transport": "stdio", "write": False} | OWN
+    assert lines_of(tmp_path / "old") == [
+        {**ok, "tool": "search_logs", "outcome": "ok", "characters": len(texts[0]), "trace": TRACE[3:35]},
+        {**ok, "tool": "get_trace", "outcome": "failed", "characters": len(texts[1]), "project": "another"},
+    ]
+    assert lines_of(log) == [
+        {**ok, "tool": "create_incident", "outcome": "failed", "characters": len(texts[2]), "write": True},
+        {"transport": "stdio", "outcome": "unknown tool"},
+    ]
+    assert not re.search("hunter2|obt_demo", log.read_text() + (tmp_path / "old").read_text())
+
+
+def test_a_cancelled_call_and_one_from_the_shell_are_in_the_audit_log(tmp_path: Path, service: Service) -> None:
+    log, begun, left = tmp_path / "log", threading.Event(), threading.Event()
+    service.replies = [until_left(begun, left), reply("{}")]
+    with closing(Adjusted(**service.environ, OBTRACE_AUDIT_LOG=str(log))) as process:
+        number = process.start("list_teams")
+        assert begun.wait(PATIENCE)
+        process.tell("notifications/cancelled", requestId=number)
+        assert left.wait(PATIENCE)
+        process.end()
+    ended = run("--call", "list_teams", **service.environ, OBTRACE_AUDIT_LOG="stderr")
+    (tmp_path / "shell").write_text(ended.stderr)
+    (cancelled,), (called,) = lines_of(log), lines_of(tmp_path / "shell")
+    assert (cancelled["outcome"], cancelled["characters"], cancelled["transport"]) == ("cancelled", 0, "stdio")
+    assert (called["outcome"], called["characters"], called["transport"]) == ("ok", 2, "call")
+
+
+def test_over_http_callers_and_refusals_are_in_the_audit_log(tmp_path: Path) -> None:
+    log, own = tmp_path / "log", {"OBTRACE_MCP_TOKEN": TOKEN, "OBTRACE_AUDIT_LOG": str(tmp_path / "log")}
+    with closing(Web("--demo", **own)) as web:
+        for key in ("obt_demo_ann", "obt_demo_bob", "obt_demo_ann"):
+            web.tool([WITH_TOKEN, ("X-Obtrace-API-Key", key)])
+        web.tool([WITH_TOKEN])
+        for path, headers in ROUTES_REFUSED:
+            web.client.get(path, headers=headers)
+        web.end_by(signal.SIGTERM)
+    lines = lines_of(log)
+    calls = [line for line in lines if "tool" in line]
+    ann, bob = (hashlib.sha256(key).hexdigest()[:8] for key in (b"obt_demo_ann", b"obt_demo_bob"))
+    assert [line["caller"] for line in calls] == [ann, bob, ann, OWN["caller"]]
+    assert {(line["transport"], line["outcome"]) for line in calls} == {("streamable-http", "ok")}
+    refused = [(line["status"], line["reason"]) for line in lines if line["outcome"] == "refused"]
+    assert [status for status, _ in refused] == [401, 403, 421, 404]
+    assert "OBTRACE_MCP_TOKEN" in refused[0][1]
+    assert TOKEN not in log.read_text()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links and /dev/full")
+def test_an_audit_log_that_cannot_be_written_fails_no_call_and_is_told_once(tmp_path: Path) -> None:
+    folder, log = tmp_path / "folder", tmp_path / "folder" / "log"
+    folder.mkdir()
+    with closing(Adjusted("--demo", OBTRACE_AUDIT_LOG=str(log))) as process:
+        folder.rename(tmp_path / "away")
+        assert not process.call("list_teams")[1]
+        assert not process.call("list_teams")[1]
+        folder.mkdir()
+        assert not process.call("list_teams")[1]
+        assert re.fullmatch(r"\n\{.*\}\n", log.read_text())  # a line that was cut short before would end here
+        log.unlink()
+        log.symlink_to("/dev/full")
+        assert not process.call("list_teams")[1]
+        assert not process.call("list_teams")[1]
+        told = "mcp-obtrace: OBTRACE_AUDIT_LOG cannot be written ({}); calls go on without it\n"
+        expected = told.format("No such file or directory") + told.format("No space left on device")
+        assert process.end() == (0, expected)
+    log.unlink()
+    for path in (folder / "none" / "log", folder):
+        said = refused(FINE | {"OBTRACE_AUDIT_LOG": str(path)})
+        assert re.search("OBTRACE_AUDIT_LOG cannot be written .*absolute path, or stderr", said)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX pipes")
+def test_a_client_that_does_not_read_the_audit_log_on_stderr_gets_its_answers() -> None:
+    full = "os.set_blocking(2, False)\nwhile True:\n try: os.write(2, b' ')\n except BlockingIOError: break\nos.set_blocking(2, True)"
+    with closing(Adjusted("--demo", OBTRACE_AUDIT_LOG="stderr", FIRST=full)) as process:
+        assert not process.call("list_teams")[1]
+
+
 # ---------------------------------------------------------------- the command line
 
 FULL = "mcp-obtrace: standard input or output failed: No space left on device\n"
@@ -2451,7 +2599,10 @@ CLOSED = "mcp-obtrace: standard input or output is closed; start it with both op
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     ("--version", rf"mcp-obtrace {program.__version__}\n"), ("--help", r"(?s)usage: mcp-obtrace .* --disable-ai\s.* OBTRACE_TLS_CLIENT_KEY_PASSWORD .*"),
-    ("--list-tools", r"(\w+\n(  \w{4,24} +[A-Z].{,60}\n)+){10}41 tools: 41 read, 0 write \(w\)\n"), ("--demo --check", "(?s).*"),
+    ("--list-tools", r"(\w+\n(  \w{4,24} +[A-Z].{,60}\n)+){10}41 tools: 41 read, 0 write \(w\)\n--enable-write adds 10 that write\n"), ("--demo --check", "(?s).*"),
+    ("--call search_logs --help", r"search_logs: Find .*\n\n  text +string +words in the body; required\n  severity +list +e.g. ERROR, WARN; repeat it for several\n(  .*\n){6}"),
+    ("--call create_incident --help", r"create_incident \(writes; needs --enable-write\): (?s:.*)severity +string +one of critical, high, medium, low; required(?s:.*)"),
+    ("--enabled-tools logs, get_trace --list-tools", r"logs\n(  .*\n){5}traces\n  get_trace .*\n6 tools: 6 read, 0 write \(w\)\n"),
     ("--list-tools --enable-write", r"(\w+\n(  \w{4,24} +(w )?[A-Z].{,60}\n)+){10}51 tools: 41 read, 10 write \(w\)\n")])  # fmt: skip
 def test_what_needs_no_client_does_not_load_the_sdk(arguments: str, expected: str) -> None:
     ended = run(*arguments.split(), PYTHONPROFILEIMPORTTIME="1")
