@@ -42,6 +42,7 @@ import http.client
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -997,17 +998,15 @@ def check_level(tokens: Sequence[Token], i: int, levels: list[Level]) -> None:
 # ---------------------------------------------------------------- the API client
 
 CALLS_AT_ONCE = 32
-CONNECT_TIMEOUT = 10.0  # seconds; a thread that connects cannot be interrupted
+CONNECT_TIMEOUT = 10.0  # seconds; a thread that connects or shakes hands cannot be interrupted
 MAX_IDLE = 30.0  # seconds that a connection is kept; load balancers commonly drop one after 60
 MAX_KEYS = 4  # that were read last; each costs a look through every answer
-KEY_REMOVED = "[API key removed]"
 RETRY_STATUSES = (429, 502, 503, 504)
 RETRY_DELAYS = (0.25, 0.5, 1.0)  # seconds before the second, third and last attempt of a GET
 FEWER = "narrow the time range, add a filter or lower limit"
 READ_ONLY = "this server is read-only; the operator can restart it with --enable-write"
-PROXY_CREDENTIALS = "Proxy-authorization"  # as urllib's ProxyHandler spells it
-RESET = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
-BROKEN_CONNECTION = (*RESET, http.client.IncompleteRead, ssl.SSLEOFError)
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError, zlib.error)
+BROKEN = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, http.client.IncompleteRead, ssl.SSLEOFError)
 
 
 class Keys:
@@ -1024,7 +1023,7 @@ class Keys:
     def remove(self, text: str) -> str:
         """The text without the keys."""
         for _, pattern in self._known:
-            text = pattern.sub(KEY_REMOVED, text)
+            text = pattern.sub("[API key removed]", text)
         return text
 
 
@@ -1107,10 +1106,6 @@ class Call:
             raise TimeoutError
         return left
 
-    def allows(self, delay: float) -> bool:
-        """Whether there is time to wait `delay` seconds and try again."""
-        return not self.ended.is_set() and time.monotonic() + delay < self.deadline
-
     def use(self, connection: http.client.HTTPConnection | None) -> None:
         """Name the connection that `end` has to close."""
         with self._lock:
@@ -1121,12 +1116,11 @@ class Call:
     def end(self) -> None:
         """Close the call's connection, whatever its thread waits for."""
         self.ended.set()
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # not connected
             sock = self._sock or (self._connection.sock if self._connection else None)
             if sock is not None:
-                with contextlib.suppress(OSError):  # not connected
-                    # SSLSocket's own shutdown would drop the TLS state while the other thread reads
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                # SSLSocket's own shutdown would drop the TLS state while the other thread reads
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True)
@@ -1155,23 +1149,23 @@ class Answer:
             return None
 
 
-# Sends a method, target, headers and body, and returns what came back; raises OSError,
-# http.client.HTTPException or ValueError. The sample service stands in for the network here.
+# Sends a method, target, headers and body, and returns what came back; raises one of NO_ANSWER.
+# The sample service stands in for the network here.
 Exchange = Callable[[str, str, dict[str, str], "bytes | None", Call], Answer]
 
 
 class HTTPRequest(urllib.request.Request):
-    """urllib's request, with the call that it belongs to."""
+    """urllib's request, and the call that it belongs to."""
 
     call: Call
-    connection: http.client.HTTPConnection
+    _tunnel_host: str | None  # what a proxy is asked to connect to
 
 
 class Idle(NamedTuple):
-    """A connection that is kept for the next request with the same key."""
+    """A connection that is kept for the next GET with the same credentials."""
 
     since: float
-    owner: str
+    credentials: str
     connection: http.client.HTTPConnection
 
 
@@ -1179,131 +1173,100 @@ class Transport(urllib.request.BaseHandler):
     """http and https for urllib's opener, over connections that are kept for the next GET of the same key."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.proxy = proxy_of(config.url)
+        self.url = config.url
+        self.context = functools.cache(functools.partial(tls_context, config))
         self._idle: list[Idle] = []  # the youngest last
         self._lock = threading.Lock()
         self._opener = urllib.request.OpenerDirector()  # bare: it knows no redirects, files or FTP
-        self._opener.add_handler(urllib.request.ProxyHandler(self.proxy))
+        self._opener.add_handler(urllib.request.ProxyHandler(proxy_of(config.url)))
         self._opener.add_handler(self)
         if config.tls_ca_cert or config.tls_client_cert:
-            _ = self.context  # a wrong file is a start-up error; the system's store can wait for the first call
-
-    @functools.cached_property
-    def context(self) -> ssl.SSLContext:
-        """The TLS settings, made once."""
-        return tls_context(self.config)
+            self.context()  # a wrong file is a start-up error; the system's store can wait for the first call
 
     def exchange(self, method: str, target: str, headers: dict[str, str], body: bytes | None, call: Call) -> Answer:
         """Send one request over the network; see Exchange."""
-        request = HTTPRequest(self.config.url + target, body, headers, method=method)
+        request = HTTPRequest(self.url + target, body, method=method)
+        request.unredirected_hdrs = headers  # for the service alone; urllib adds those for a proxy to `headers`
         request.call = call
-        try:
-            response: Any = self._opener.open(request)
-            sock = request.connection.sock
-            peer = (sock.version() or "", sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
-            text = read_body(response, call)
-            call.use(None)
-        except BaseException:
-            if hasattr(request, "connection"):
-                request.connection.close()
-            if time.monotonic() >= call.deadline:
-                self._keep(forget=True)  # after one dead connection, assume that the others are dead too
-            raise
-        if method == "GET" and response.isclosed() and request.connection.sock is not None:
-            self._keep(Idle(time.monotonic(), headers["Authorization"], request.connection))
-        else:
-            request.connection.close()
-        return Answer(response.status, {name.lower(): value for name, value in response.headers.items()}, text, peer)
+        answer: Answer = self._opener.open(request)
+        return answer
 
-    def http_open(self, request: HTTPRequest) -> http.client.HTTPResponse:
+    def http_open(self, request: HTTPRequest) -> Answer:
         """Send the request. Only a GET travels on a used connection, since nothing else may be sent twice."""
-        while request.get_method() == "GET" and (used := self._take(request.headers["Authorization"])):
-            with contextlib.suppress(*BROKEN_CONNECTION):  # the service had closed it meanwhile
+        if request.method == "GET" and (used := self._take(request.unredirected_hdrs["Authorization"])):
+            with contextlib.suppress(*BROKEN):  # the service had closed it meanwhile
                 return self._send(used, request)
         timeout = min(CONNECT_TIMEOUT, request.call.remaining())
-        tunnel: str | None = getattr(request, "_tunnel_host", None)
-        if request.type == "http" and not tunnel:
+        if request.type == "http":
             return self._send(http.client.HTTPConnection(request.host, timeout=timeout), request)
-        connection = http.client.HTTPSConnection(request.host, timeout=timeout, context=self.context)
-        if tunnel:
-            credentials = request.headers.get(PROXY_CREDENTIALS)
-            connection.set_tunnel(tunnel, headers={PROXY_CREDENTIALS: credentials} if credentials else {})
+        connection = http.client.HTTPSConnection(request.host, timeout=timeout, context=self.context())
+        if request._tunnel_host:
+            connection.set_tunnel(request._tunnel_host, headers=request.headers)
         return self._send(connection, request)
 
     https_open = http_open
 
-    def _take(self, owner: str) -> http.client.HTTPConnection | None:
-        """A connection that an answer for the same key left, if it is young and nothing arrived on it unasked."""
-        while True:
-            with self._lock:
-                mine = next((idle for idle in reversed(self._idle) if idle.owner == owner), None)
-                if mine is None:
-                    return None
-                self._idle.remove(mine)
-            sock = mine.connection.sock
-            sock.settimeout(0)
-            with contextlib.suppress(OSError):
-                try:
-                    unasked = isinstance(sock, ssl.SSLSocket) and sock.pending()
-                    if not unasked and time.monotonic() - mine.since < MAX_IDLE:
-                        socket.socket.recv(sock, 1, socket.MSG_PEEK)
-                except BlockingIOError:
-                    return mine.connection
-            mine.connection.close()
-
-    def _keep(self, *new: Idle, forget: bool = False) -> None:
-        """Keep the youngest connections, these included, or none; close the others."""
-        now = time.monotonic()
-        with self._lock:
-            known = [*self._idle, *new]
-            self._idle = [] if forget else [idle for idle in known if now - idle.since < MAX_IDLE][-CALLS_AT_ONCE:]
-            gone = [idle for idle in known if idle not in self._idle]
-        for idle in gone:
-            idle.connection.close()
-
-    def _send(self, connection: http.client.HTTPConnection, request: HTTPRequest) -> http.client.HTTPResponse:
-        request.connection, call = connection, request.call
-        call.use(connection)
+    def _send(self, connection: http.client.HTTPConnection, request: HTTPRequest) -> Answer:
+        call, headers = request.call, request.unredirected_hdrs
         try:
+            call.use(connection)
             if connection.sock is None:
-                self._connect(connection, request)
-            connection.sock.settimeout(call.remaining())
-            headers = dict(request.headers)
-            if request.type == "https":
-                headers.pop(PROXY_CREDENTIALS, None)  # they went with the CONNECT, and are not the service's
-            body = request.data if isinstance(request.data, bytes) else None
-            connection.request(request.get_method(), request.selector, body, headers)
+                connection.connect()
+                call.use(connection)
+            sock = connection.sock
+            sock.settimeout(call.remaining())
+            connection.request(request.get_method(), request.selector, request.data, headers)
             response = connection.getresponse()
             if response.status < 200:
                 # http.client skips only 100; later answers would be matched to the wrong request (RFC 9110, 15.2)
                 raise http.client.HTTPException
-            return response
+            peer = (sock.version() or "", sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
+            text = read_body(response, call)
+            call.use(None)  # raises if the call was ended, which also ends the body
         except BaseException:
             connection.close()
+            if time.monotonic() >= call.deadline:
+                self._keep(0)  # after one dead connection, assume that the others are dead too
             raise
+        if request.method == "GET" and connection.sock is not None:
+            self._keep(CALLS_AT_ONCE, Idle(time.monotonic(), headers["Authorization"], connection))
+        else:
+            connection.close()
+        return Answer(response.status, {name.lower(): value for name, value in response.headers.items()}, text, peer)
 
-    def _connect(self, connection: http.client.HTTPConnection, request: HTTPRequest) -> None:
-        """Connect, through the proxy's tunnel if there is one, and shake hands."""
+    def _keep(self, most: int, *new: Idle) -> None:
+        """Keep so many connections, these included and the youngest first, and close the others."""
+        with self._lock:
+            self._idle += new
+            while self._idle and (len(self._idle) > most or time.monotonic() - self._idle[0].since >= MAX_IDLE):
+                self._idle.pop(0).connection.close()
+
+    def _take(self, credentials: str) -> http.client.HTTPConnection | None:
+        """The youngest connection with these credentials, unless something arrived on it unasked."""
+        self._keep(CALLS_AT_ONCE)
+        with self._lock:
+            mine = [idle for idle in self._idle if idle.credentials == credentials]
+            if not mine:
+                return None
+            self._idle.remove(mine[-1])
+        connection = mine[-1].connection
+        connection.sock.settimeout(0)
         try:
-            http.client.HTTPConnection.connect(connection)
-            request.call.use(connection)  # before the handshake, so that `Call.end` can interrupt it
-            if isinstance(connection, http.client.HTTPSConnection):
-                name = urllib.parse.urlsplit(f"//{getattr(request, '_tunnel_host', None) or request.host}").hostname
-                plain = connection.sock
-                connection.sock = self.context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
-                request.call.use(connection)
-                connection.sock.do_handshake()
-        except TimeoutError:
-            request.call.remaining()  # raises if the whole time is over
-            raise ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s") from None
+            connection.sock.recv(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return connection
+        except OSError:
+            pass
+        connection.close()
+        return None
 
 
 def proxy_of(url: str) -> dict[str, str]:
     """The proxy of the environment that counts for this URL, by scheme; loopback is reached without any."""
     target = urllib.parse.urlsplit(url)
-    proxy = urllib.request.getproxies_environment().get(target.scheme, "")
-    if not proxy or is_loopback(target.hostname or "") or urllib.request.proxy_bypass(target.netloc):
+    host, proxies = target.hostname or "", urllib.request.getproxies_environment()
+    proxy = proxies.get(target.scheme, "")
+    if not proxy or is_loopback(host) or urllib.request.proxy_bypass(target.netloc) or in_no_proxy(host, proxies):
         return {}
     user = "([^/?#@]*@)?" if target.scheme == "https" else "()"  # without TLS the answer could repeat the credentials
     match = re.fullmatch(rf"(?:http://)?{user}([\w.-]+|\[[0-9a-fA-F:.]+\])(?::(\d{{1,5}}))?/?", proxy, re.ASCII)
@@ -1313,31 +1276,35 @@ def proxy_of(url: str) -> dict[str, str]:
     return {target.scheme: f"http://{match[1] or ''}{match[2]}:{match[3] or 80}"}
 
 
+def in_no_proxy(host: str, proxies: Mapping[str, str]) -> bool:
+    """Whether NO_PROXY lists the host by *.domain or a network, which urllib does not understand."""
+    for entry in proxies.get("no", "").replace(",", " ").split():
+        if entry.startswith("*") and host.endswith(entry[1:].lower()):
+            return True
+        with contextlib.suppress(ValueError):  # one of the two is a name
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False):
+                return True
+    return False
+
+
 def read_body(response: http.client.HTTPResponse, call: Call) -> str:
     """The body, decompressed and decoded, never holding more than MAX_BODY bytes of it."""
     encoding = response.headers.get("Content-Encoding", "").strip().lower() or "identity"
     if encoding not in ("identity", "gzip", "x-gzip"):
         raise ValueError("it has an unsupported Content-Encoding")
     inflate = zlib.decompressobj(wbits=31) if encoding != "identity" else None
-    chunks, size, received = [], 0, 0
-    buffer = bytearray(65536)
+    body, received = bytearray(), 0
+    buffer = memoryview(bytearray(65536))
     while count := response.readinto(buffer):  # read(n) is unbounded for a negative chunk size
         call.remaining()
-        chunk = bytes(buffer[:count])
+        chunk = buffer[:count]
         received += count
-        if inflate:
-            try:
-                chunk = inflate.decompress(chunk, MAX_BODY + 1 - size)
-            except zlib.error:
-                raise ValueError("its gzip data is damaged") from None
-        size += len(chunk)
-        if max(size, received) > MAX_BODY:
+        body += inflate.decompress(chunk, MAX_BODY + 1 - len(body)) if inflate else chunk
+        if max(len(body), received) > MAX_BODY:
             raise ObtraceError(f"the answer is larger than {MAX_BODY >> 20} MiB; {FEWER}")
-        chunks.append(chunk)
-    call.remaining()  # a connection that the deadline closed also ends the body
     if response.length or (inflate and received and not inflate.eof):
         raise http.client.IncompleteRead(b"")
-    return b"".join(chunks).decode("utf-8", "replace").removeprefix("\ufeff")
+    return body.decode("utf-8", "replace").removeprefix("\ufeff")
 
 
 class Client:
@@ -1349,18 +1316,13 @@ class Client:
         self.keys = Keys()
         if config.api_key.is_set:
             self.keys.add(config.api_key.read())
-        transport = None if exchange else Transport(config)
-        self.proxy = transport.proxy if transport else {}
-        self._exchange: Exchange = exchange or transport.exchange  # type: ignore[union-attr]
+        self._exchange: Exchange = exchange or Transport(config).exchange
 
     def for_caller(self, headers: Iterable[tuple[str, str]]) -> Client:
-        """The client under the key in an HTTP request's headers, if there is one; raises ObtraceError."""
-        try:
-            config = self.config.for_caller(headers)
-        except ConfigError as error:
-            raise ObtraceError(str(error)) from None
+        """The client under the key in an HTTP request's headers, if there is one; raises ConfigError."""
+        config = self.config.for_caller(headers)
         if not config.api_key.is_set:
-            raise ObtraceError(f"this server has no API key of its own; send yours in the header {CALLER_HEADERS[0]}")
+            raise ConfigError(f"this server has no API key of its own; send yours in the header {CALLER_HEADERS[0]}")
         if config is self.config:
             return self
         client = copy.copy(self)  # it shares the connections, which are reused only for the same key
@@ -1376,42 +1338,37 @@ class Client:
             return ""
 
     def send(self, request: Request, call: Call) -> Answer:
-        """Send the request, a GET again where that can help; raises ObtraceError if there is no answer."""
+        """Send the request, a GET again where that can help; raises ObtraceError, or ConfigError for a key file."""
         reads = request.method == "GET" or READS_THAT_POST.get(request.tool) == f"{request.method} {request.path}"
         if not reads and not self.enable_write:
             raise ObtraceError(f"{request.tool} would change something; {READ_ONLY}")
-        for delay in (*(RETRY_DELAYS if request.method == "GET" else ()), None):
+        delays = iter(RETRY_DELAYS if request.method == "GET" else ())
+        while True:
+            wait = next(delays, math.inf)  # there is no time for an attempt after the last
             try:
                 answer = self._attempt(request, call)
-                wait = max(delay or 0.0, answer.retry_after or 0.0)
-                if answer.status not in RETRY_STATUSES or delay is None or not call.allows(wait):
+                wait = max(wait, answer.retry_after or 0.0)
+                if answer.status not in RETRY_STATUSES or time.monotonic() + wait >= call.deadline:
                     return answer
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                wait = delay or 0.0
-                if not isinstance(error, BROKEN_CONNECTION) or delay is None or not call.allows(wait):
+            except NO_ANSWER as error:
+                if not isinstance(error, BROKEN) or time.monotonic() + wait >= call.deadline:
                     raise ObtraceError(self._explain(request, error, call)) from None
             call.ended.wait(wait)
-        raise AssertionError("the last attempt returns or raises")
 
     def _attempt(self, request: Request, call: Call) -> Answer:
-        try:
-            api_key = self.config.api_key.read()
-        except ConfigError as error:
-            raise ObtraceError(f"the API key cannot be read: {error}") from None
+        api_key = self.config.api_key.read()
         self.keys.add(api_key)
         headers = {
             "Authorization": f"Bearer {api_key}",
             "User-Agent": f"obtrace-mcp/{__version__}",
             "Accept": "application/json",
             "Accept-Encoding": "gzip",
-        }
-        more = {
             "Content-Type": "application/json" if request.body is not None else "",
             "X-Obtrace-Tenant-ID": self.config.tenant_id,
             "X-Obtrace-Project-ID": request.project_id,
             "traceparent": call.trace,
         }
-        headers |= {name: value for name, value in more.items() if value}
+        headers = {name: value for name, value in headers.items() if value}
         target = request.path + (f"?{request.query}" if request.query else "")
         answer = self._exchange(request.method, target, headers, request.body, call)
         clean = {name: self.keys.remove(value) for name, value in answer.headers.items()}
@@ -1422,33 +1379,35 @@ class Client:
         url = urllib.parse.urlsplit(self.config.url)
         if call.ended.is_set() or time.monotonic() >= call.deadline:  # the error only says that the connection closed
             error = TimeoutError()
-        cause = cause_of(error, call.seconds, f"{url.scheme.upper()}_PROXY" if self.proxy else "OBTRACE_URL")
-        if isinstance(error, BROKEN_CONNECTION) and url.scheme == "https":  # how TLS 1.3 may refuse a certificate
+        elif isinstance(error, TimeoutError):
+            error = ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s")
+        peer = f"{url.scheme.upper()}_PROXY" if proxy_of(self.config.url) else "OBTRACE_URL"
+        cause = cause_of(error, call.seconds, peer)
+        if isinstance(error, BROKEN) and url.scheme == "https":  # how TLS 1.3 may refuse a certificate
             cause += "; if it persists, the service may refuse the client certificate (OBTRACE_TLS_CLIENT_CERT)"
         return f"{request.method} {request.path[:200]} got no answer from {url.netloc}: {cause}"
 
 
+# Why there is no answer, the more special kinds of errors first, and what to do about it.
+CAUSES: list[tuple[Any, str]] = [
+    (TimeoutError, "timed out after {seconds:g} s; narrow the time range, lower limit, or raise OBTRACE_TIMEOUT"),
+    (BROKEN, "the connection broke before the answer was complete; try again"),
+    (ssl.SSLError, "TLS failed ({openssl}); check OBTRACE_URL, OBTRACE_TLS_CA_CERT, OBTRACE_TLS_CLIENT_CERT and its "
+     "key, and this machine's clock"),
+    ((socket.gaierror, UnicodeError), "the host name in {peer} cannot be resolved; check it and the network's DNS"),
+    (http.client.HTTPException, "the answer is not valid HTTP; check the port and http/https in OBTRACE_URL"),
+    (ConnectionRefusedError, "the connection was refused; check the host and port in {peer}, and that it runs"),
+    (zlib.error, "its gzip data is damaged; try again"),
+    (Exception, "{reason}; check the host and port in {peer}"),
+]  # fmt: skip
+
+
 def cause_of(error: Exception, seconds: float, peer: str) -> str:
     """One clause on a failed exchange, and what to do about it; `peer` is the variable that names the other end."""
-    if isinstance(error, TimeoutError):
-        return f"timed out after {seconds:g} s; narrow the time range, lower limit, or raise OBTRACE_TIMEOUT"
-    if isinstance(error, BROKEN_CONNECTION):
-        return "the connection broke before the answer was complete; try again"
-    if isinstance(error, ssl.SSLError):
-        names = "OBTRACE_URL, OBTRACE_TLS_CA_CERT, OBTRACE_TLS_CLIENT_CERT and its key"
-        return f"TLS failed ({openssl(error)}); check {names}, and this machine's clock"
-    if isinstance(error, (socket.gaierror, UnicodeError)):
-        return f"the host name in {peer} cannot be resolved; check it and the network's DNS"
-    if "Tunnel connection failed" in str(error):  # the rest is the proxy's own words
-        status = " ".join(re.findall(r"failed: ([1-5]\d\d)\b", str(error)))
-        return f"the proxy in {peer} refused to connect (status {status}); check its credentials"
-    if isinstance(error, http.client.InvalidURL):
-        return f"{peer} holds no valid host and port"
-    if isinstance(error, http.client.HTTPException):
-        return "the answer is not valid HTTP; check the port and http/https in OBTRACE_URL"
-    if isinstance(error, ConnectionRefusedError):
-        return f"the connection was refused; check the host and port in {peer}, and that it runs"
-    return f"{visible(reason(error))[:200]}; check the host and port in {peer}"
+    if refused := re.match(r"Tunnel connection failed: (\d+)", str(error)):  # the rest is the proxy's own words
+        return f"the proxy in {peer} refused to connect (status {refused[1]}); check its credentials"
+    sentence = next(sentence for kinds, sentence in CAUSES if isinstance(error, kinds))
+    return sentence.format(seconds=seconds, peer=peer, openssl=openssl(error), reason=visible(reason(error))[:200])
 
 
 # ---------------------------------------------------------------- from an answer to text
@@ -2046,7 +2005,7 @@ class Toolbox:
                     raise ObtraceError(f"{name} would change something; {READ_ONLY}")
                 raise ObtraceError(f"{name} is left out by --enabled-tools or --disable-...; use another tool")
             return Outcome(self._answer(self.tools[name], given, call, client))
-        except ObtraceError as error:
+        except (ConfigError, ObtraceError) as error:
             text = str(error)
         except TimeoutError:  # while the answer was encoded
             text = f"{name} got no result: {cause_of(TimeoutError(), call.seconds, '')}"
