@@ -1194,7 +1194,7 @@ class Transport(urllib.request.BaseHandler):
     def http_open(self, request: HTTPRequest) -> Answer:
         """Send the request. Only a GET travels on a used connection, since nothing else may be sent twice."""
         if request.method == "GET" and (used := self._take(request.unredirected_hdrs["Authorization"])):
-            with contextlib.suppress(*BROKEN):  # the service had closed it meanwhile
+            with contextlib.suppress(*BROKEN):  # the service may have closed it meanwhile
                 return self._send(used, request)
         timeout = min(CONNECT_TIMEOUT, request.call.remaining())
         if request.type == "http":
@@ -1213,6 +1213,11 @@ class Transport(urllib.request.BaseHandler):
             if connection.sock is None:
                 connection.connect()
                 call.use(connection)
+            else:
+                connection.sock.settimeout(0)
+                with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+                    connection.sock.recv(1)
+                    raise ConnectionResetError  # it was closed, or something arrived unasked
             sock = connection.sock
             sock.settimeout(call.remaining())
             connection.request(request.get_method(), request.selector, request.data, headers)
@@ -1242,23 +1247,13 @@ class Transport(urllib.request.BaseHandler):
                 self._idle.pop(0).connection.close()
 
     def _take(self, credentials: str) -> http.client.HTTPConnection | None:
-        """The youngest connection with these credentials, unless something arrived on it unasked."""
+        """The youngest connection that a GET with these credentials left."""
         self._keep(CALLS_AT_ONCE)
         with self._lock:
             mine = [idle for idle in self._idle if idle.credentials == credentials]
-            if not mine:
-                return None
-            self._idle.remove(mine[-1])
-        connection = mine[-1].connection
-        connection.sock.settimeout(0)
-        try:
-            connection.sock.recv(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return connection
-        except OSError:
-            pass
-        connection.close()
-        return None
+            if mine:
+                self._idle.remove(mine[-1])
+        return mine[-1].connection if mine else None
 
 
 def proxy_of(url: str) -> dict[str, str]:
@@ -1383,15 +1378,14 @@ class Client:
             error = ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s")
         peer = f"{url.scheme.upper()}_PROXY" if proxy_of(self.config.url) else "OBTRACE_URL"
         cause = cause_of(error, call.seconds, peer)
-        if isinstance(error, BROKEN) and url.scheme == "https":  # how TLS 1.3 may refuse a certificate
-            cause += "; if it persists, the service may refuse the client certificate (OBTRACE_TLS_CLIENT_CERT)"
         return f"{request.method} {request.path[:200]} got no answer from {url.netloc}: {cause}"
 
 
 # Why there is no answer, the more special kinds of errors first, and what to do about it.
 CAUSES: list[tuple[Any, str]] = [
     (TimeoutError, "timed out after {seconds:g} s; narrow the time range, lower limit, or raise OBTRACE_TIMEOUT"),
-    (BROKEN, "the connection broke before the answer was complete; try again"),
+    (BROKEN, "the connection broke before the answer was complete; try again; if that does not help with https, "
+     "the service may refuse OBTRACE_TLS_CLIENT_CERT"),  # TLS 1.3 has no other way
     (ssl.SSLError, "TLS failed ({openssl}); check OBTRACE_URL, OBTRACE_TLS_CA_CERT, OBTRACE_TLS_CLIENT_CERT and its "
      "key, and this machine's clock"),
     ((socket.gaierror, UnicodeError), "the host name in {peer} cannot be resolved; check it and the network's DNS"),
