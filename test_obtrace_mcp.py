@@ -1775,7 +1775,15 @@ PROXIES = {
     **dict.fromkeys(("http://user:12/secret@host", "http://user:s#ecret@host:1", "https://secret:1", "socks5://secret:1", "http://secret host:1",
                      "http://host:secret", "http://secret:65536", "http://secret?:1", "http://a:secret@b@c"), "{}_PROXY is not http://"),
 }
-HOSTS = [("x.test", "", True), ("0.0.0.0", "x", True), ("0.0.0.0", "x,0.0.0.0", False), ("127.0.0.1", "", False), ("localhost", "", False)]
+HOSTS = [("x.test", "", True), ("0.0.0.0", "x", True), ("0.0.0.0", "x,0.0.0.0", False), ("0.0.0.0", "x, 0.0.0.0/8", False), ("127.0.0.1", "", False), ("localhost", "", False)]
+NO_PROXIES = {  # and the hosts that are reached without the proxy, and through it
+    "x.test": ("x.test X.TEST:8443 a.x.test", "ax.test x.test.b"), ".x.test": ("a.x.test", "ax.test"), "x.test:8443": ("x.test:8443", "x.test"),
+    "*.X.test": ("a.x.test a.b.x.TEST:8443", "x.test ax.test x.test.b 10.0.0.1"), "*": ("x.test 10.0.0.1 [2001:db8::1]:8443", ""),
+    "b.test, *": ("x.test", ""), "b.test x.test/8,*.x.test": ("a.x.test", "x.test"), "": ("", "x.test 10.0.0.1"),
+    "10.0.0.0/8,192.168.7.9/30": ("10.0.0.1 10.255.255.255:8443 192.168.7.11", "11.0.0.1 192.168.7.12 x.test 10.x.test [::ffff:a00:1]"),
+    "2001:db8::/32": ("[2001:db8::1] [2001:DB8:ffff::1]:8443", "[2001:db9::1] 32.1.13.184 x.test"), "2001:db8::1": ("[2001:db8:0::1]", "[2001:db8::2]"),
+    "10.0.0.0/33,300.0.0.0/8,10/8,/,::/": ("", "10.0.0.1 [::2] x.test"), "0.0.0.0/0": ("10.0.0.1", "x.test [2001:db8::1]"),
+}
 # fmt: on
 
 
@@ -1839,6 +1847,15 @@ def test_http_goes_through_the_proxy_that_counts(service: Service, monkeypatch: 
     monkeypatch.setenv("NO_PROXY", no_proxy)
     environ = {"OBTRACE_URL": f"http://{host}:{9 if used else service.port}", "OBTRACE_TLS_INSECURE": "true"}
     assert call(service, "list_teams", environ) == ('{"ok":true}', False)
+
+
+@pytest.mark.parametrize("no_proxy", NO_PROXIES)
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+def test_no_proxy_lists_hosts_domains_and_networks(monkeypatch: pytest.MonkeyPatch, name: str, no_proxy: str) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv(name, no_proxy)
+    for hosts, expected in zip(NO_PROXIES[no_proxy], ({}, {"https": "http://127.0.0.1:9"}), strict=True):
+        assert [program.proxy_of(f"https://{host}") for host in hosts.split()] == [expected] * len(hosts.split())
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
