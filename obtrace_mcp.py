@@ -998,7 +998,7 @@ def check_level(tokens: Sequence[Token], i: int, levels: list[Level]) -> None:
 # ---------------------------------------------------------------- the API client
 
 CALLS_AT_ONCE = 32
-CONNECT_TIMEOUT = 10.0  # seconds; a thread that connects or shakes hands cannot be interrupted
+CONNECT_TIMEOUT = 10.0  # seconds; a thread that connects cannot be interrupted
 MAX_IDLE = 30.0  # seconds that a connection is kept; load balancers commonly drop one after 60
 MAX_KEYS = 4  # that were read last; each costs a look through every answer
 RETRY_STATUSES = (429, 502, 503, 504)
@@ -1072,6 +1072,9 @@ def tls_context(config: Config) -> ssl.SSLContext:
     if config.tls_insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+    # http.client would shake hands at once, where `Call.end` cannot reach the socket
+    wrap_only = functools.partial(context.wrap_socket, do_handshake_on_connect=False)
+    context.wrap_socket = wrap_only  # type: ignore[method-assign]
     return context
 
 
@@ -1194,7 +1197,7 @@ class Transport(urllib.request.BaseHandler):
     def http_open(self, request: HTTPRequest) -> Answer:
         """Send the request. Only a GET travels on a used connection, since nothing else may be sent twice."""
         if request.method == "GET" and (used := self._take(request.unredirected_hdrs["Authorization"])):
-            with contextlib.suppress(*BROKEN):  # the service may have closed it meanwhile
+            with contextlib.suppress(OSError):  # it may have died meanwhile
                 return self._send(used, request)
         timeout = min(CONNECT_TIMEOUT, request.call.remaining())
         if request.type == "http":
@@ -1213,6 +1216,8 @@ class Transport(urllib.request.BaseHandler):
             if connection.sock is None:
                 connection.connect()
                 call.use(connection)
+                if isinstance(connection.sock, ssl.SSLSocket):
+                    connection.sock.do_handshake()
             else:
                 connection.sock.settimeout(0)
                 with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
@@ -1227,7 +1232,7 @@ class Transport(urllib.request.BaseHandler):
                 raise http.client.HTTPException
             peer = (sock.version() or "", sock.getpeercert()) if isinstance(sock, ssl.SSLSocket) else None
             text = read_body(response, call)
-            call.use(None)  # raises if the call was ended, which also ends the body
+            call.use(None)  # raises if the call was ended, since that also ends a body
         except BaseException:
             connection.close()
             if time.monotonic() >= call.deadline:
@@ -1339,7 +1344,7 @@ class Client:
             raise ObtraceError(f"{request.tool} would change something; {READ_ONLY}")
         delays = iter(RETRY_DELAYS if request.method == "GET" else ())
         while True:
-            wait = next(delays, math.inf)  # there is no time for an attempt after the last
+            wait = next(delays, math.inf)  # after the last attempt, longer than any deadline
             try:
                 answer = self._attempt(request, call)
                 wait = max(wait, answer.retry_after or 0.0)

@@ -10,6 +10,7 @@ Run them with pytest, or run this file; with --bench it prints the benchmark ins
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import datetime
 import functools
@@ -1798,6 +1799,16 @@ def test_tls_verifies_both_sides(ca: trustme.CA, files: dict[str, str], monkeypa
         text, failed = call(service, "list_teams", environ | {"OBTRACE_URL": url})
     assert re.search(said or r'^\{"ok":true\}$', text)
     assert (failed, len(service.requests)) == (bool(said), not said)
+
+
+def test_a_call_can_be_ended_while_it_shakes_hands() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+        url, running = f"https://127.0.0.1:{server.getsockname()[1]}", program.Call(PATIENCE)
+        outcome = pool.submit(toolbox({"OBTRACE_URL": url, "OBTRACE_API_KEY": KEY}).run, "list_teams", {}, running)
+        with server.accept()[0] as peer:
+            assert peer.recv(1)
+            running.end()
+            assert "timed out" in outcome.result(program.CONNECT_TIMEOUT / 2).text
 
 
 def test_without_a_ca_file_the_system_s_store_and_certifi_s_both_count(files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
