@@ -29,6 +29,7 @@ variables and flags. The file reads from top to bottom in the order in which dat
 from __future__ import annotations
 
 import argparse
+import bisect
 import codecs
 import concurrent.futures
 import contextlib
@@ -56,6 +57,7 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -1436,11 +1438,10 @@ class Literal(str):
 def read_answer(request: Request, answer: Answer, source: str) -> Any:
     """The answer's JSON as data, None without any, NaN as text; raises ObtraceError if it is an error."""
     said = f"{request.method} {request.path[:200]} answered {answer.named}"
+    misled = "the operator should check OBTRACE_URL"
     if 300 <= answer.status < 400:
         target = quote(answer.headers.get("location", ""))
-        raise ObtraceError(
-            f"{said}, a redirect to {target}, which is not followed; the operator should check OBTRACE_URL"
-        )
+        raise ObtraceError(f"{said}, a redirect to {target}, which is not followed; {misled}")
     message = service_message(answer)
     quoted = f": {quote(message, MAX_MESSAGE)}" if message else ""
     if answer.status >= 400:
@@ -1454,9 +1455,7 @@ def read_answer(request: Request, answer: Answer, source: str) -> Any:
         return json.loads(answer.text, parse_float=exact_number, parse_constant=str)
     except (ValueError, RecursionError):
         kind = quote(answer.headers.get("content-type", "no content type"))
-        raise ObtraceError(
-            f"{said} with {kind} that is not JSON{quoted}; the operator should check OBTRACE_URL"
-        ) from None
+        raise ObtraceError(f"{said} with {kind} that is not JSON{quoted}; {misled}") from None
 
 
 def exact_number(text: str) -> float | Literal:
@@ -1484,6 +1483,8 @@ def service_message(answer: Answer) -> str:
 # A value is encoded bottom-up, each part once: to the text of its JSON or, for an object, to a dict
 # of its parts, so that what a list's rows share can still be taken out.
 Node = Any  # str | dict[str, Node]
+Path = tuple[str, ...]  # the names that lead to a value inside a row
+Cuts = list[tuple[str, str]]  # what was cut, and under which key
 Alive = Callable[[], object]  # raises TimeoutError once the call has ended
 
 
@@ -1534,141 +1535,103 @@ def tables(rows: Sequence[dict[str, Node]]) -> Iterator[str]:
     "rows": [["10:00", 1, "cart"], ...]}: a row has all of SAME; the number in `pod` stands for the
     object in `numbered` that has this "#"; `columns` names the values of a row that is a list.
     """
-    shared = shared_by(rows)
-    rest = [without(row, shared) for row in rows]
+    flat = [leaves(row) for row in rows]
+    shared = {path: node for path, node in flat[0].items() if all(cells.get(path) == node for cells in flat)}
+    rest = [nest({path: node for path, node in cells.items() if path not in shared}) for cells in flat]
     numbered = number_objects(rest)
-    head: dict[str, Node] = {SAME: shared} | ({"numbered": numbered} if numbered else {})
-    if shared or numbered:
-        yield text_of(head | {"rows": f"[{','.join(map(text_of, rest))}]"})
-    shallow: list[dict[tuple[str, ...], str]] = [{(name,): text_of(row[name]) for name in row} for row in rest]
-    for flat in ([leaves(row) for row in rest], shallow):
-        sets: dict[frozenset[tuple[str, ...]], int] = {}
-        for cells in flat:
-            sets[frozenset(cells)] = sets.get(frozenset(cells), 0) + 1
-        usual = max(sets, key=lambda paths: sets[paths])  # an odd row stays an object
-        if 0 < len(usual) <= MAX_COLUMNS:
-            columns = next(list(cells) for cells in flat if cells.keys() == usual)
+    head: dict[str, Node] = {SAME: nest(shared)} | ({"numbered": numbered} if numbered else {})
+    yield text_of(head | {"rows": f"[{','.join(map(text_of, rest))}]"})
+    for deep in (True, False):
+        flat = [leaves(row, deep) for row in rest]
+        usual = Counter(map(frozenset, flat)).most_common(1)[0][0]  # an odd row stays an object
+        columns = next(list(cells) for cells in flat if cells.keys() == usual)
+        if 0 < len(columns) <= MAX_COLUMNS:
             lines = [
-                f"[{','.join([cells[path] for path in columns])}]" if cells.keys() == usual else text_of(row)
+                f"[{','.join([text_of(cells[path]) for path in columns])}]" if cells.keys() == usual else text_of(row)
                 for cells, row in zip(flat, rest, strict=True)
             ]
             names = [leaf(path[0]) if len(path) == 1 else f"[{','.join(map(leaf, path))}]" for path in columns]
             yield text_of(head | {"columns": f"[{','.join(names)}]", "rows": f"[{','.join(lines)}]"})
 
 
-def shared_by(rows: Sequence[dict[str, Node]]) -> dict[str, Node]:
-    """What all rows have, down into the objects that they hold."""
-    shared: dict[str, Node] = {}
-    for name, node in rows[0].items():
-        if all(row.get(name) == node for row in rows):
-            shared[name] = node
-        elif all(isinstance(row.get(name), dict) for row in rows) and (inner := shared_by([row[name] for row in rows])):
-            shared[name] = inner
-    return shared
+def leaves(row: Mapping[str, Any], deep: bool = True, path: Path = ()) -> dict[Path, Any]:
+    """The values of a row by their paths; if `deep`, those in the objects that it holds."""
+    flat: dict[Path, Any] = {}
+    for name, item in row.items():
+        here = (*path, name)
+        flat |= leaves(item, deep, here) if deep and item and isinstance(item, dict) else {here: item}
+    return flat
 
 
-def without(row: dict[str, Node], shared: dict[str, Node]) -> dict[str, Node]:
-    """What a row has beside the shared."""
-    rest: dict[str, Node] = {}
-    for name, node in row.items():
-        if name not in shared:
-            rest[name] = node
-        elif isinstance(node, dict) and (inner := without(node, shared[name])):
-            rest[name] = inner
-    return rest
+def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    """The row that has these leaves."""
+    row: dict[str, Any] = {}
+    for (*path, last), item in flat.items():
+        inner = row
+        for name in path:
+            inner = inner.setdefault(name, {})
+        inner[last] = item
+    return row
 
 
 def number_objects(rows: Sequence[dict[str, Node]]) -> dict[str, Node]:
     """Replace objects that recur in the rows by numbers; returns the lists of what they stand for."""
-    numbered: dict[str, Node] = {}
-    owners: dict[str, list[dict[str, Node]]] = {}
+    owners: dict[str, dict[str, list[dict[str, Node]]]] = {}
     for row in rows:
-        for name in row:
-            owners.setdefault(name, []).append(row)
-    for name, having in owners.items():
-        if not all(isinstance(row[name], dict) and "#" not in row[name] for row in having):
-            continue
-        texts = [text_of(row[name]) for row in having]
-        objects = {text: row[name] for text, row in zip(texts, having, strict=True)}
-        if sum(map(len, texts)) - sum(map(len, objects)) > 3 * len(texts) + 10 * len(objects) + 20:
-            numbers = {text: str(number) for number, text in enumerate(objects, start=1)}
-            numbered[name] = encode_list([{"#": numbers[text], **objects[text]} for text in objects])
-            for text, row in zip(texts, having, strict=True):
-                row[name] = numbers[text]
+        for name, node in row.items():
+            owners.setdefault(name, {}).setdefault(text_of(node), []).append(row)
+    numbered: dict[str, Node] = {}
+    for name, groups in owners.items():
+        things = [having[0][name] for having in groups.values()]
+        saved = sum((len(having) - 1) * (len(text) - 3) - 13 for text, having in groups.items())
+        if saved > 20 and all(isinstance(thing, dict) and "#" not in thing for thing in things):
+            numbered[name] = encode_list([{"#": str(number), **thing} for number, thing in enumerate(things, start=1)])
+            for number, having in enumerate(groups.values(), start=1):
+                for row in having:
+                    row[name] = str(number)
     return numbered
 
 
-def leaves(row: dict[str, Node], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    """The values of a row with their paths through the objects that it holds."""
-    flat: dict[tuple[str, ...], str] = {}
-    for name, node in row.items():
-        here = (*path, name)
-        flat.update(leaves(node, here) if isinstance(node, dict) and node else {here: text_of(node)})
-    return flat
-
-
-class Limits(NamedTuple):
-    """What `cut` leaves: items of each list, characters of each text, keys of each object."""
-
-    items: int
-    characters: int
-    keys: int
-
-
-class Cut(NamedTuple):
-    """Data that was cut, its JSON, and what was cut of it."""
-
-    data: Any
-    text: str
-    cuts: list[str]
-
-
-def cut(value: Any, limits: Limits, cuts: list[str], where: str = "") -> Any:
-    """The value within the limits; `cuts` is told what is missing."""
+def cut(value: Any, items: int, size: int, cuts: Cuts, key: str = "") -> Any:
+    """The value with at most so many items in a list, and so many characters in a text or keys in an object."""
     if isinstance(value, list):
-        if len(value) > limits.items:
-            cuts.append(f"the first {limits.items:,} of {len(value):,}{where}")
-        return [cut(item, limits, cuts, where) for item in value[: limits.items]]
+        if len(value) > items:
+            cuts.append((f"the first {items:,} of {len(value):,}", key))
+        return [cut(item, items, size, cuts, key) for item in value[:items]]
     if isinstance(value, dict):
-        names = list(value)[: limits.keys]
-        if len(value) > limits.keys:
-            cuts.append(f"{limits.keys:,} of {len(value):,} keys{where}")
-        return {name: cut(value[name], limits, cuts, f" in {quote(name, 50)}") for name in names}
-    text = value if isinstance(value, str) else str(value) if type(value) is int and abs(value) > 10**40 else ""
-    if len(text) > limits.characters:
-        cuts.append(f"{limits.characters:,} of {len(text):,} characters{where}")
-        return text[: limits.characters] + "..."
+        if len(value) > size:
+            cuts.append((f"{size:,} of {len(value):,} keys", key))
+        return {name: cut(value[name], items, size, cuts, name) for name in list(value)[:size]}
+    text = str(value) if isinstance(value, (str, int)) else ""
+    size = max(size, 50)  # a number that is no longer stays a number
+    if len(text) > size:
+        cuts.append((f"{size:,} of {len(text):,} characters", key))
+        return text[:size] + "..."
     return value
 
 
-def fit(data: Any, budget: int, alive: Alive) -> Cut:
-    """As much of the data as `budget` characters hold: fewer items, else shorter texts, else fewer keys."""
+def fit(data: Any, budget: int, alive: Alive) -> tuple[str, Any, Cuts]:
+    """As much of the data as `budget` characters hold, as JSON and as data, and what was cut.
 
-    def attempt(limits: Limits) -> Cut:
-        cuts: list[str] = []
-        shown = cut(data, limits, cuts)
-        return Cut(shown, text_of(encode(shown, alive)), cuts)
+    First lists have fewer items; if one item is still too much, texts are shorter and objects have fewer keys.
+    """
 
-    def largest(limits_of: Callable[[int], Limits]) -> Cut | None:
-        found, fits, over, probe = None, 0, budget + 1, 1
-        while fits + 1 < over:
-            result = attempt(limits_of(probe))
-            if len(result.text) > budget:
-                over = probe
-            else:
-                found, fits = result, probe
-                if not result.cuts:
-                    break
-            probe = min(2 * probe, budget) if over > budget else (fits + over) // 2
-        return found
+    def attempt(level: int) -> tuple[str, Any, Cuts]:
+        cuts: Cuts = []
+        kept = cut(data, max(1, level - budget), min(level, budget), cuts)
+        return text_of(encode(kept, alive)), kept, cuts
 
-    keys = budget // 4  # more cannot fit, nor can more items or characters than the budget has
-    return (
-        largest(lambda items: Limits(items, budget, keys))
-        or largest(lambda characters: Limits(1, characters, keys))
-        or largest(lambda keys: Limits(1, 50, keys))
-        or Cut(None, '"..."', ["the answer is of a shape that cannot be cut"])
-    )
+    low = 0
+    steps = [2**n for n in range(budget.bit_length())]  # a large answer is never encoded as a whole
+    for high in [*steps, *(budget + step for step in steps)]:
+        text, kept, cuts = attempt(high)
+        if len(text) > budget:
+            break
+        if not cuts:
+            return text, kept, cuts
+        low = high
+    low += bisect.bisect_left(range(low + 1, high), True, key=lambda level: len(attempt(level)[0]) > budget)
+    return attempt(low) if low else ('"..."', None, [("the answer is of a shape that cannot be cut", "")])
 
 
 def answer_text(request: Request, data: Any, budget: int, tools: Mapping[str, Tool], call: Call, size: int) -> str:
@@ -1677,17 +1640,17 @@ def answer_text(request: Request, data: Any, budget: int, tools: Mapping[str, To
     `size` is that of the service's own JSON: a large answer is not encoded as a whole first.
     """
     if request.fields:
-        data = with_fields(data, request)
+        keep_fields(data, request)
     note = note_on(request, data, tools)
-    shown = Cut(data, text_of(encode(data, call.remaining)) if size <= 8 * budget else "", [])
-    if not shown.text or len(shown.text) + len(leaf(note)) + 30 > budget:
+    text = text_of(encode(data, call.remaining)) if size <= 8 * budget else ""
+    if not text or len(text) + len(leaf(note)) + 30 > budget:
         reserve = min(MAX_NOTE, budget // 3)
-        shown = fit(data, budget - reserve - 30, call.remaining)
-        note = cut_note(request, data, shown) if shown.cuts else note
+        text, kept, cuts = fit(data, budget - reserve - 30, call.remaining)
+        note = note_on(request, data, tools, kept, cuts)
         while len(leaf(note)) > reserve:
             note = note[: len(note) * 9 // 10]
     looks_wrapped = isinstance(data, dict) and "note" in data
-    return f'{{"note":{leaf(note)},"result":{shown.text}}}' if note or looks_wrapped else shown.text
+    return f'{{"note":{leaf(note)},"result":{text}}}' if note or looks_wrapped else text
 
 
 def rows_of(data: Any, request: Request) -> list[Any] | None:
@@ -1700,98 +1663,89 @@ def rows_of(data: Any, request: Request) -> list[Any] | None:
     return max(lists, key=len) if lists else next((rows for rows in inner if rows is not None), None)
 
 
-def with_fields(data: Any, request: Request) -> Any:
-    """The data with only the wanted fields of each row; raises ObtraceError for a name that no row has."""
-    whole = rows_of(data, request) or []
-    rows = [row for row in whole if isinstance(row, dict)]
-    picked: list[dict[str, Any]] = [{} for _ in rows]
-    for name in request.fields:
-        found = [pick(row, name, target) for row, target in zip(rows, picked, strict=True)]
-        if rows and not any(found):
-            there = list(dict.fromkeys(".".join(path) for row in rows[:50] for path in leaves(encode(row, int))))
-            names = quote(there, MAX_MESSAGE)
-            raise ObtraceError(f"{request.tool}: no row has the field {quote(name)}; there are {names}")
-
-    def replaced(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: replaced(item) for name, item in value.items()}
-        return picked if value is whole and len(picked) == len(whole) else value
-
-    return replaced(data)
+def keep_fields(data: Any, request: Request) -> None:
+    """Drop all but the wanted fields of each row, in place; raises ObtraceError for a name that no row has."""
+    rows = rows_of(data, request) or []
+    wanted = tuple(f"{name}." for name in request.fields)
+    there: dict[str, None] = {}
+    for i, row in enumerate(rows):
+        if isinstance(row, dict):
+            flat = leaves(row)
+            names = {path: ".".join(path) for path in flat}
+            there |= dict.fromkeys(names.values())
+            rows[i] = nest({path: flat[path] for path in flat if f"{names[path]}.".startswith(wanted)})
+    for field_name, beginning in zip(request.fields, wanted, strict=True):
+        if there and not any(f"{name}.".startswith(beginning) for name in there):
+            known = quote(list(there), MAX_MESSAGE)
+            raise ObtraceError(f"{request.tool}: no row has the field {quote(field_name)}; there are {known}")
 
 
-def pick(source: Mapping[str, Any], name: str, target: dict[str, Any]) -> bool:
-    """Copy a field, dotted into nested objects whose keys may hold dots too; False if there is none."""
-    if name in source:
-        target[name] = source[name]
-        return True
-    for key, item in source.items():
-        if isinstance(item, dict) and name.startswith(f"{key}."):
-            inner = dict(target.get(key, {}))
-            if pick(item, name[len(key) + 1 :], inner):
-                target[key] = inner
-                return True
-    return False
-
-
-# Which tool shows what there is at all, by category; list_apps has the names of incidents and replays.
+# Which tool shows what there is at all, by category; for the others list_apps does.
 OVERVIEWS = {
     "logs": "list_log_services", "traces": "list_trace_services", "metrics": "list_metric_names",
-    "dashboards": "list_dashboards", "incidents": "list_apps", "alerts": "list_alert_rules",
-    "projects": "list_projects", "replay": "list_apps", "search": "list_projects",
+    "dashboards": "list_dashboards", "alerts": "list_alert_rules",
+    "projects": "list_projects", "search": "list_projects",
 }  # fmt: skip
 
 
-def note_on(request: Request, data: Any, tools: Mapping[str, Tool]) -> str:
-    """What there is to say about a whole answer: what was searched, that it is empty, that there may be more."""
-    rows, searched = rows_of(data, request), f"Searched {request.window} (UTC)." if request.window else ""
-    finds = request.method == "GET" and not request.tool.startswith("get_")
+def note_on(request: Request, data: Any, tools: Mapping[str, Tool], kept: Any = None, cuts: Cuts | None = None) -> str:
+    """What there is to say about an answer; if there are `cuts`, only `kept` of it is shown."""
     if data is None:
         return f"{request.tool} succeeded without data."
-    if finds and rows == []:
-        category = next(name for name, row in TOOLS.items() if TOOL_NAMES[request.tool] in row)
-        overview = OVERVIEWS.get(category, "")
-        bounds = "That bounds the SQL beside any WHERE." if searched and request.tool.startswith("query_") else ""
-        hints = ["a longer time range, e.g. time_from=now-24h"] if request.window else []
-        hints += [f"the call without {' or '.join(request.filters)}"] if request.filters else []
-        hints += ["SELECT DISTINCT for how values are spelt"] if request.tool.startswith("query_") else []
-        hints += [f"{overview} for what there is"] if overview in tools and overview != request.tool else []
-        hint = f"Try {', or '.join(hints)}." if hints else ""
-        return " ".join(part for part in ("Nothing was found.", searched, bounds, hint) if part)
-    parts = [] if request.told else [searched]
-    if finds and rows and len(rows) == request.limit:
-        parts.append(f"As many rows came as limit allows ({request.limit}); there may be more.")
-    return " ".join(parts)
+    rows = rows_of(data, request)
+    empty = rows == [] and request.method == "GET" and not request.tool.startswith("get_")
+    full = rows and len(rows) == request.limit
+    parts = [
+        cut_note(request, rows or [], rows_of(kept, request) or [], cuts) if cuts else "",
+        "Nothing was found." if empty else "",
+        f"Searched {request.window} (UTC)." if request.window and (cuts or empty or not request.told) else "",
+        hint_on(request, tools) if empty else "",
+        f"As many rows came as limit allows ({request.limit}); there may be more." if full else "",
+    ]
+    return " ".join(filter(None, parts))
 
 
-def cut_note(request: Request, data: Any, shown: Cut) -> str:
-    """What was cut of an answer, and how to go on."""
-    cuts, args = list(dict.fromkeys(shown.cuts)), TOOL_NAMES[request.tool].args
-    more = f", and {len(cuts) - 3} more" if len(cuts) > 3 else ""
+def hint_on(request: Request, tools: Mapping[str, Tool]) -> str:
+    """What to try where nothing was found."""
+    is_sql = request.tool.startswith("query_")
+    category = next(name for name, row in TOOLS.items() if TOOL_NAMES[request.tool] in row)
+    overview = OVERVIEWS.get(category, "list_apps")
+    hints = [
+        "a longer time range, e.g. time_from=now-24h" if request.window else "",
+        f"the call without {' or '.join(request.filters)}" if request.filters else "",
+        "SELECT DISTINCT for how values are spelt" if is_sql else "",
+        f"{overview} for what there is" if overview in tools and overview != request.tool else "",
+    ]
+    tried = ", or ".join(filter(None, hints))
+    bounds = "That bounds the SQL beside any WHERE. " if is_sql else ""
+    return f"{bounds}Try {tried}." if tried else ""
+
+
+def cut_note(request: Request, rows: Sequence[Any], kept: Sequence[Any], cuts: Cuts) -> str:
+    """What was cut of an answer that had these rows, and how to see the rest."""
+    told = [what + (f" in {quote(key, 50)}" if key else "") for what, key in dict.fromkeys(cuts)]
+    more = f", and {len(told) - 3} more" if len(told) > 3 else ""
     fewer = "select fewer columns" if request.tool.startswith("query_") else FEWER
-    fewer = "name what you need in fields, or ask for fewer rows" if "fields" in args else fewer
-    rows, kept = rows_of(data, request) or [], rows_of(shown.data, request) or []
+    if "fields" in TOOL_NAMES[request.tool].args:
+        fewer = "name what you need in fields, or ask for fewer rows"
     start, _, end = request.window.partition(" to ")
-    since = "" if start == "the beginning" else f"time_from={start} "
-    if 0 < len(kept) < len(rows) and end:
-        times = [time_of(row) or 0 for row in rows]
-        last = format_time(times[len(kept) - 1])
-        if times == sorted(times, reverse=True) and times[0] > times[-1] > 0:
-            fewer += f", or go on with {since}time_to={last}"
+    if end and 0 < len(kept) < len(rows):
+        times = [time_of(row) for row in rows]
         if times == sorted(times) and 0 < times[0] < times[-1]:
-            fewer += f", or go on with time_from={last} time_to={end}"
-    limit = f" {request.limit} is the limit of the call; there may be more." if 0 < len(rows) == request.limit else ""
-    searched = f" Searched {request.window} (UTC)." if request.window else ""
-    return f"Cut to {'; '.join(cuts[:3])}{more}. To see the rest, {fewer}.{limit}{searched}"
+            fewer += f", or go on with time_from={format_time(times[len(kept) - 1])} time_to={end}"
+        if times == sorted(times, reverse=True) and times[0] > times[-1] > 0:
+            since = "" if start == "the beginning" else f"time_from={start} "
+            fewer += f", or go on with {since}time_to={format_time(times[len(kept) - 1])}"
+    return f"Cut to {'; '.join(told[:3])}{more}. To see the rest, {fewer}."
 
 
-def time_of(row: Any) -> int | None:
-    """When a row happened, in epoch nanoseconds; None if it does not say."""
+def time_of(row: Any) -> int:
+    """When a row happened, in epoch nanoseconds; 0 if it does not say."""
     for name, value in row.items() if isinstance(row, dict) else ():
         if name.lower() in ("timestamp", "@timestamp", "time", "timeunix", "start_time", "starttime"):
-            instant = parse_time(str(value), 0)
-            return instant if instant is not None and 0 <= instant < YEAR_10000 else None
-    return None
+            instant = parse_time(str(value), 0) or 0
+            return instant if instant < YEAR_10000 else 0
+    return 0
 
 
 # ---------------------------------------------------------------- prompts
