@@ -1751,21 +1751,14 @@ def time_of(row: Any) -> int:
 # ---------------------------------------------------------------- prompts
 
 
-@dataclass(frozen=True)
 class Prompt:
     """One prompt: a task, the tools that do it in their order, and what to report."""
 
-    name: str
-    description: str
-    task: str
-    args: Mapping[str, Arg]
-    steps: Mapping[str, str]
-    report: str
-    needs: str = ""  # the tool without which it cannot start
-
-    def __post_init__(self) -> None:
-        if not self.steps.keys() <= TOOL_NAMES.keys() or any(TOOL_NAMES[name].write for name in self.steps):
-            raise TypeError(f"{self.name}: a step is no tool that reads")
+    def __init__(self, name: str, notation: str, needs: str, description: str, text: str) -> None:
+        self.name, self.args, self.description = name, arguments_of(notation), description
+        self.needs = needs  # the tool without which it cannot start
+        self.task, *steps, self.report = (" ".join(line.split()) for line in text.strip().splitlines())
+        self.steps = dict(step.split(": ", maxsplit=1) for step in steps)
 
     def fits(self, tools: Mapping[str, Tool]) -> bool:
         """Whether it can be followed with these tools."""
@@ -1773,9 +1766,10 @@ class Prompt:
 
     def listing(self) -> dict[str, Any]:
         """The prompt as `prompts/list` shows it."""
-        args = [
-            {"name": name, "description": arg.description, "required": arg.required} for name, arg in self.args.items()
-        ]
+        args = []
+        for name, arg in self.args.items():
+            told = f"one of {', '.join(arg.enum)}; default {arg.default}" if arg.enum else "as the tools show it"
+            args.append({"name": name, "description": arg.description or told, "required": arg.required})
         title = self.name.replace("_", " ").capitalize()
         return {"name": self.name, "title": title, "description": self.description, "arguments": args}
 
@@ -1789,61 +1783,53 @@ class Prompt:
         return "\n".join([task, "", *numbered, "", report])
 
 
-def window(default: str) -> Arg:
-    """A prompt's time window."""
-    spans = ("15m", "1h", "6h", "24h", "7d")
-    return Arg("text", f"one of {', '.join(spans)}; default {default}", spans, default=default)
-
-
 # fmt: off
 PROMPTS = [
-    Prompt("investigate_incident", "Find what caused an incident, whom it hurts, and what to do.",
-        "Investigate the incident {incident_id}. The window is from one hour before it began until now.",
-        {"incident_id": Arg("id", "id of the incident, as list_incidents shows it", required=True)},
-        {"get_incident": 'incident_id="{incident_id}". When did it begin, what is broken, which services?',
-         "get_incident_timeline": 'incident_id="{incident_id}". What was noticed and done so far?',
-         "list_alert_history": "the window. Which alert fired first?",
-         "log_stats": "the window, group_by=service_name, then group_by=severity for the service that stands out.",
-         "log_patterns": "the window, that service. Which messages are new since it began?",
-         "trace_stats": "the window, that service, group_by=operation. Which operation fails or is slow?",
-         "search_logs": "the window, text=deploy, then the words of the new messages. What changed just before?",
-         "search_traces": "the window, status=ERROR, that service, limit=5.",
-         "get_trace": "the slowest trace that failed. Which span fails first, in which service?",
-         "root_cause_analysis": 'incident_id="{incident_id}", the window. Trust what you saw more than this.'},
-        "the cause, with its evidence; since when and for whom; what to do now, and how to see that it helped.",
-        "get_incident"),
-    Prompt("triage_service", "Tell within a few calls whether a service is healthy, and if not, where it hurts.",
-        'Triage the service "{service}" over the last {window}.',
-        {"service": Arg("text", "service.name of the service", required=True), "window": window("1h")},
-        {"list_incidents": "status=open. Does one of them name the service?",
-         "trace_stats": 'service="{service}", group_by=operation, time_from=now-{window}. What fails, what is slow?',
-         "log_stats": 'service="{service}", group_by=severity, time_from=now-{window}.',
-         "log_patterns": 'service="{service}", severity=ERROR, time_from=now-{window}. What does it complain about?',
-         "search_traces": 'service="{service}", status=ERROR, time_from=now-{window}, limit=5.',
-         "get_trace": "one trace that failed. Is the service the cause, or does it wait for another?",
-         "list_alert_rules": "status=firing."},
-        "one line that says healthy, degraded or down; then what fails, since when, how often; what to look at next."),
-    Prompt("health_report", "Report how all services did over a window.",
-        "Report on the health of the system over the last {window}.",
-        {"window": window("24h")},
-        {"list_incidents": "time_from=now-{window}.",
-         "list_alert_history": "time_from=now-{window}. Which alerts fired, and which did so repeatedly?",
-         "trace_stats": "group_by=service_name, time_from=now-{window}. Traffic, errors and latency of each.",
-         "log_stats": "group_by=service_name, time_from=now-{window}, then group_by=severity for the loudest.",
-         "log_patterns": "severity=ERROR, time_from=now-{window}, limit=10.",
-         "summarize": "focus=overall, time_from=now-{window}. Use it to check your own picture."},
-        "a table of the services with traffic, error rate and latency, the worst first; the incidents and alerts; "
-        "the three things that most deserve work."),
-    Prompt("explain_trace", "Explain what happened in one trace, and why it was slow or failed.",
-        "Explain the trace {trace_id}. The window is from five minutes before it began to five minutes after.",
-        {"trace_id": Arg("id", "id of the trace", required=True)},
-        {"get_trace": 'trace_id="{trace_id}". Where does the time go, and which span failed first?',
-         "query_logs": "the window, query=SELECT Timestamp, ServiceName, SeverityText, Body FROM otel_logs "
-                       "WHERE TraceId = '{trace_id}' ORDER BY Timestamp",
-         "search_traces": "an hour before it, the same operation, status=OK, limit=3. How does one differ?",
-         "trace_stats": "an hour around it, that service, group_by=operation. Is it an exception or the rule?"},
-        "the path of the request, span by span with the time each took itself; the first failure and its cause; "
-        "whether it is typical.", "get_trace"),
+    Prompt("investigate_incident", "incident_id*", "get_incident",
+        "Find what caused an incident, whom it hurts, and what to do.", """
+        Investigate the incident {incident_id}. The window is from one hour before it began until now.
+        get_incident: incident_id="{incident_id}". When did it begin, what is broken, which services?
+        get_incident_timeline: incident_id="{incident_id}". What was noticed and done so far?
+        list_alert_history: the window. Which alert fired first?
+        log_stats: the window, group_by=service_name, then group_by=severity for the service that stands out.
+        log_patterns: the window, that service. Which messages are new since it began?
+        trace_stats: the window, that service, group_by=operation. Which operation fails or is slow?
+        search_logs: the window, text=deploy, then the words of the new messages. What changed just before?
+        search_traces: the window, status=ERROR, that service, limit=5.
+        get_trace: the slowest trace that failed. Which span fails first, in which service?
+        root_cause_analysis: incident_id="{incident_id}", the window. Trust what you saw more than this.
+        the cause, with its evidence; since when and for whom; what to do now, and how to see that it helped."""),
+    Prompt("triage_service", "service* window:15m|1h|6h|24h|7d=1h", "",
+        "Tell within a few calls whether a service is healthy, and if not, where it hurts.", """
+        Triage the service "{service}" over the last {window}.
+        list_incidents: status=open. Does one of them name the service?
+        trace_stats: service="{service}", group_by=operation, time_from=now-{window}. What fails, what is slow?
+        log_stats: service="{service}", group_by=severity, time_from=now-{window}.
+        log_patterns: service="{service}", severity=ERROR, time_from=now-{window}. What does it complain about?
+        search_traces: service="{service}", status=ERROR, time_from=now-{window}, limit=5.
+        get_trace: one trace that failed. Is the service the cause, or does it wait for another?
+        list_alert_rules: status=firing.
+        one line that says healthy, degraded or down; then what fails, since when, how often; what to look at next."""),
+    Prompt("health_report", "window:15m|1h|6h|24h|7d=24h", "", "Report how all services did over a window.", """
+        Report on the health of the system over the last {window}.
+        list_incidents: time_from=now-{window}.
+        list_alert_history: time_from=now-{window}. Which alerts fired, and which did so repeatedly?
+        trace_stats: group_by=service_name, time_from=now-{window}. Traffic, errors and latency of each.
+        log_stats: group_by=service_name, time_from=now-{window}, then group_by=severity for the loudest.
+        log_patterns: severity=ERROR, time_from=now-{window}, limit=10.
+        summarize: focus=overall, time_from=now-{window}. Use it to check your own picture.
+        a table of the services with traffic, error rate and latency, the worst first; the incidents and alerts; \
+        the three things that most deserve work."""),
+    Prompt("explain_trace", "trace_id*", "get_trace",
+        "Explain what happened in one trace, and why it was slow or failed.", """
+        Explain the trace {trace_id}. The window is from five minutes before it began to five minutes after.
+        get_trace: trace_id="{trace_id}". Where does the time go, and which span failed first?
+        query_logs: the window, query=SELECT Timestamp, ServiceName, SeverityText, Body FROM otel_logs \
+        WHERE TraceId = '{trace_id}' ORDER BY Timestamp
+        search_traces: an hour before it, the same operation, status=OK, limit=3. How does one differ?
+        trace_stats: an hour around it, that service, group_by=operation. Is it an exception or the rule?
+        the path of the request, span by span with the time each took itself; the first failure and its cause; \
+        whether it is typical."""),
 ]
 # fmt: on
 

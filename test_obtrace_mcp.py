@@ -2388,6 +2388,7 @@ def test_a_prompt_needs_its_tools_and_names_no_others(enabled: str, expected: li
     fitting = {prompt.name: prompt.text(FILLED[prompt.name], tools) for prompt in program.PROMPTS if prompt.fits(tools)}
     assert list(fitting) == expected
     assert all(set() < set(STEP.findall(text)) <= tools.keys() for text in fitting.values())
+    assert not any(program.TOOL_NAMES[step].write for prompt in program.PROMPTS for step in prompt.steps)
 
 
 # ---------------------------------------------------------------- the doctor
