@@ -1636,6 +1636,9 @@ def test_fields_keeps_only_these_of_each_row(service: Service, tool: str, given:
     text, _ = call(service, tool, fields=["n", "R.k8s.pod.name", "R.k8s.a.b.uid", "Body"], **given)
     assert exact(rebuild(json.loads(text))) == exact(json.loads(around.replace("@", json.dumps(KEPT))))
     assert "Body" not in str(service.requests[0].query)
+    text, _ = call(service, tool, fields=["R.k8s"], **given)  # all that begins so
+    kept = [{"R": {"k8s.pod.name": "p1", "k8s": {"a.b": {"uid": 7, "ip": 1}}}}, {}]
+    assert exact(rebuild(json.loads(text))) == exact(json.loads(around.replace("@", json.dumps(kept))))
     text, failed = call(service, tool, fields=["Body", "R.k8s.\u202e"], **given)
     there = '["Body", "R.k8s.pod.name", "R.os", "R.k8s.a.b.uid", "R.k8s.a.b.ip", "n"]'
     assert failed and text == f'{tool}: no row has the field "R.k8s.\\u202e"; there are {there}'
