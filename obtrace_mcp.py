@@ -2440,293 +2440,226 @@ def patient_protocol() -> type[asyncio.Protocol]:
 # It answers in place of the network (see Exchange). Nothing above depends on this section.
 
 DEMO_PROJECT = "shop"
-DEMO_DEPLOYED = 42  # minutes before the story's present
 DEMO_STEPS = 10**8  # of SQLite's virtual machine, for one query
+DEMO_TABLES = {
+    "logs": "Timestamp TraceId ServiceName ResourceAttributes SeverityText Body",
+    "traces": "Timestamp TraceId ServiceName ResourceAttributes SpanId ParentSpanId SpanName Duration StatusCode",
+    "metrics": "Timestamp TraceId ServiceName ResourceAttributes MetricName MetricUnit Value",
+}
+BEFORE, AFTER = range(43, 121), range(-14, 43)  # the deployment; in minutes before the story's present
 
 # fmt: off
-DEMO_TABLES = {
-    "otel_logs": "Timestamp TraceId SeverityText ServiceName Body LogAttributes ResourceAttributes",
-    "otel_traces": "Timestamp TraceId SpanId ParentSpanId SpanName ServiceName Duration StatusCode ResourceAttributes",
-    "otel_metrics": "Timestamp MetricName ServiceName Value Attributes",
-}
-# Telemetry is computed from the clock. begun() is a minute that stands still for a quarter of an hour at a time, so
-# that the story is always part of the last hour.
-DEMO_MINUTES = f"""CREATE VIEW minute AS WITH RECURSIVE past(m) AS (SELECT begun() - 120 UNION ALL
-    SELECT m + 1 FROM past WHERE m + 1 < present())
-    SELECT *, iif(failing, '2.4.1', '2.4.0') AS version, iif(failing, 'ERROR', 'OK') AS status,
-    iif(failing, 5003000000, 180000000 + m % 40 * 1000000) AS spent, json_object('order.id', orders) AS attributes
-    FROM (SELECT m, strftime('%Y-%m-%dT%H:%M:%S.000Z', m * 60, 'unixepoch') AS at, printf('%032x', m) AS trace,
-    m >= begun() - {DEMO_DEPLOYED} AS failing, 'order-' || (1000 + m % 1000) AS orders FROM past)"""
-DEMO_ROWS = {
-    "otel_logs": f"""SELECT at, trace, level, service, body, attributes, pod(service, version) FROM (
-        SELECT *, 'ERROR' AS level, 'checkout' AS service, 'payment timeout after 5000 ms for ' || orders AS body
-            FROM minute WHERE failing
-        UNION ALL SELECT *, 'WARN', 'payments', 'no free connection from checkout, 10 of 10 in use'
-            FROM minute WHERE failing
-        UNION ALL SELECT *, 'INFO', 'checkout', orders || ' paid' FROM minute WHERE NOT failing
-        UNION ALL SELECT *, 'INFO', 'checkout', 'deployed v2.4.1: payments.pool_size 50 -> 10' FROM minute
-            WHERE m = begun() - {DEMO_DEPLOYED}
-        UNION ALL SELECT *, 'DEBUG', 'cart', (m % 7) || ' carts expired' FROM minute WHERE m % 5 = 0) ORDER BY at""",
-    "otel_traces": """SELECT at, trace, substr(trace, 18) || '1', '', 'POST /checkout', 'checkout', spent, status,
-        pod('checkout', version) FROM minute UNION ALL SELECT at, trace, substr(trace, 18) || '2',
-        substr(trace, 18) || '1', 'POST /charge', 'payments', spent - 3000000, status, pod('payments', version)
-        FROM minute""",
-    "otel_metrics": """SELECT at, name, 'checkout', value, json_object('region', 'eu-west-1', 'version', version) FROM (
-        SELECT *, 'http.server.duration' AS name, spent / 1000000 AS value FROM minute
-        UNION ALL SELECT *, 'payments.pool.in_use', iif(failing, 10, 4 + m % 3) FROM minute)""",
-}
-DEMO_TYPES = {"Timestamp": "DateTime64(9)", "Duration": "UInt64", "Value": "Float64"}  # others are strings or maps
-# What is not telemetry. A number is a time, in minutes ago.
-DEMO_ITEMS: list[dict[str, Any]] = [
-    {"kind": "project", "id": DEMO_PROJECT, "name": "Web shop"},
-    {"kind": "app", "id": "storefront", "project_id": DEMO_PROJECT, "services": ["checkout", "payments", "cart"]},
-    {"kind": "team", "id": "team-1", "name": "Payments"},
-    {"kind": "user", "id": "ada", "team_id": "team-1"},
-    {"kind": "user", "id": "grace", "team_id": "team-1"},
-    {"kind": "contact", "id": "oncall", "type": "webhook"},
-    {"kind": "dashboard", "id": "dash-1", "name": "Checkout health", "description": "Orders, payments, latency"},
-    {"kind": "panel", "id": "panel-1", "dashboard_id": "dash-1", "title": "Payment errors",
-     "query": "SELECT count(*) FROM otel_logs WHERE SeverityText = 'ERROR'"},
-    {"kind": "rule", "id": "rule-1", "name": "Payment errors", "query": "error_rate(checkout) > 0.05",
-     "severity": "critical", "status": "firing", "interval": "1m", "enabled": True},
-    {"kind": "rule", "id": "rule-2", "name": "Cart latency", "query": "p95(cart) > 500ms",
-     "severity": "low", "status": "active", "interval": "5m", "enabled": True},
-    {"kind": "alert", "id": "alert-2", "rule_id": "rule-1", "status": "firing", "time": 37},
-    {"kind": "alert", "id": "alert-1", "rule_id": "rule-2", "status": "resolved", "time": 50},
-    {"kind": "incident", "id": "inc-1", "title": "Checkout: payments time out", "status": "open",
-     "severity": "critical", "service": "storefront", "time": 36},
-    {"kind": "activity", "incident_id": "inc-1", "time": 42, "type": "deployment",
-     "message": "checkout v2.4.1 deployed"},
-    {"kind": "activity", "incident_id": "inc-1", "time": 36, "type": "status_change", "message": "opened by rule-1"},
-    {"kind": "activity", "incident_id": "inc-1", "time": 20, "type": "note",
-     "message": "v2.4.1 set payments.pool_size from 50 to 10; rollback proposed"},
-    {"kind": "session", "id": "ses-1", "user_id": "user-7", "service": "storefront", "has_error": True, "time": 30},
-    {"kind": "session", "id": "ses-2", "user_id": "user-8", "service": "storefront", "has_error": False, "time": 90},
-    {"kind": "event", "session_id": "ses-1", "time": 30, "event_type": "click", "detail": "button Pay now"},
-    {"kind": "event", "session_id": "ses-1", "time": 29, "event_type": "network",
-     "detail": "POST /checkout 504, 5003 ms"},
-    {"kind": "event", "session_id": "ses-1", "time": 29, "event_type": "error", "detail": "Payment timed out"},
-    {"kind": "event", "session_id": "ses-2", "time": 90, "event_type": "click", "detail": "button Pay now"},
+DEMO_TYPES = {"Timestamp": "DateTime64(9)", "Duration": "UInt64", "Value": "Float64",
+              "ResourceAttributes": "Map(String, String)"}  # others are String
+# A table, when it gets a row, who sends that, and its last columns; {} is a number.
+DEMO_TELEMETRY: list[tuple[Any, ...]] = [
+    ("logs", BEFORE, "checkout", "2.4.0", "INFO", "order-{} paid"),
+    ("logs", [42], "checkout", "2.4.1", "INFO", "deployed v2.4.1: payments.pool_size 50 -> 10"),
+    ("logs", AFTER, "checkout", "2.4.1", "ERROR", "payment timeout after 5000 ms for order-{}"),
+    ("logs", AFTER, "payments", "1.9.3", "WARN", "no free connection from checkout, 10 of 10 in use"),
+    ("logs", range(-14, 121, 5), "cart", "1.2.0", "DEBUG", "3 carts expired"),
+    ("traces", BEFORE, "checkout", "2.4.0", "1", "", "POST /checkout", 180_000_000, "OK"),
+    ("traces", BEFORE, "payments", "1.9.3", "2", "1", "POST /charge", 177_000_000, "OK"),
+    ("traces", AFTER, "checkout", "2.4.1", "1", "", "POST /checkout", 5_003_000_000, "ERROR"),
+    ("traces", AFTER, "payments", "1.9.3", "2", "1", "POST /charge", 5_000_000_000, "ERROR"),
+    ("metrics", BEFORE, "checkout", "2.4.0", "http.server.duration", "ms", 180),
+    ("metrics", AFTER, "checkout", "2.4.1", "http.server.duration", "ms", 5003),
+    ("metrics", BEFORE, "checkout", "2.4.0", "payments.pool.in_use", "1", 5),
+    ("metrics", AFTER, "checkout", "2.4.1", "payments.pool.in_use", "1", 10),
 ]
-# The kind of item that a tool is about: the word in its name, but for these.
-DEMO_KINDS = {"get_incident_timeline": "activity", "add_incident_activity": "activity", "get_dashboard_panels": "panel",
-              "list_alert_history": "alert", "get_replay_events": "event", "get_replay_errors": "event"}
-DEMO_NEW: dict[str, dict[str, Any]] = {"incident": {"status": "open"}, "rule": {"status": "active", "enabled": True}}
-LOGS = "FROM otel_logs WHERE ServiceName = ifnull(:service, ServiceName)"
-SPANS = "FROM otel_traces WHERE ServiceName = ifnull(:service, ServiceName)"
-POINTS = "FROM otel_metrics WHERE MetricName = :metric_name"
-DEMO_SQL = {
-    "search_logs": f"""SELECT * {LOGS} AND instr(lower(Body), lower(:text))
-        AND instr(upper(ifnull(:severity, SeverityText)), SeverityText) ORDER BY Timestamp DESC""",
-    "list_log_services": f"SELECT ServiceName, count(*) AS records {LOGS} GROUP BY 1",
-    "log_stats": f"""SELECT CASE :group_by WHEN 'severity' THEN SeverityText WHEN 'service_name' THEN ServiceName
-        ELSE substr(Timestamp, 1, 16) END AS key, count(*) AS records {LOGS} GROUP BY 1""",
-    "log_patterns": f"""SELECT pattern(Body) AS pattern, count(*) AS records {LOGS}
-        AND SeverityText = upper(ifnull(:severity, SeverityText)) GROUP BY 1 ORDER BY 2 DESC""",
-    "get_trace": "SELECT * FROM all_otel_traces WHERE TraceId = :trace_id",
-    "search_traces": f"""SELECT Timestamp, TraceId, SpanName, ServiceName, Duration, StatusCode {SPANS}
-        AND instr(SpanName, ifnull(:operation, '')) AND StatusCode = ifnull(:status, StatusCode)
-        AND Duration BETWEEN duration(ifnull(:min_latency, '0s')) AND duration(ifnull(:max_latency, '9999s'))
-        ORDER BY Timestamp DESC""",
-    "list_trace_services": f"SELECT DISTINCT ServiceName {SPANS}",
-    "list_trace_operations": f"SELECT DISTINCT SpanName {SPANS}",
-    "trace_stats": f"""SELECT CASE :group_by WHEN 'operation' THEN SpanName WHEN 'status' THEN StatusCode
-        ELSE ServiceName END AS key, count(*) AS spans, avg(StatusCode = 'ERROR') AS error_rate,
-        avg(Duration) AS mean_ns {SPANS} GROUP BY 1""",
-    "list_metric_names": """SELECT DISTINCT MetricName FROM otel_metrics
-        WHERE instr(MetricName, ifnull(:prefix, '')) = 1 AND ServiceName = ifnull(:service, ServiceName)""",
-    "get_metric_metadata": f"""SELECT DISTINCT MetricName, 'gauge' AS type,
-        CASE WHEN MetricName LIKE '%duration' THEN 'ms' ELSE '1' END AS unit {POINTS}""",
-    "list_metric_label_names": f"SELECT DISTINCT j.key FROM (SELECT Attributes {POINTS}), json_each(Attributes) j",
-    "list_metric_label_values": f"""SELECT DISTINCT j.value FROM (SELECT Attributes {POINTS}), json_each(Attributes) j
-        WHERE j.key = :label_name""",
-    "metric_stats": f"""SELECT strftime('%Y-%m-%dT%H:%M:%SZ', second / width * width, 'unixepoch') AS time,
-        avg(Value) AS avg, max(Value) AS max FROM (SELECT Value, strftime('%s', Timestamp) AS second,
-        duration(:step) / 1000000000 AS width {POINTS} AND ServiceName = ifnull(:service, ServiceName)) GROUP BY 1""",
-    "global_search": """SELECT type, hit FROM (SELECT 'logs' AS type, Body AS hit FROM otel_logs
-        UNION SELECT 'traces', SpanName FROM otel_traces UNION SELECT 'metrics', MetricName FROM otel_metrics
-        UNION SELECT j.key, j.value FROM json_each(titles()) t, json_each(t.value) j)
-        WHERE instr(lower(hit), lower(:query)) AND instr(ifnull(:types, type), type)""",
+# What is not telemetry, under the last word of its path. A time is in minutes before the story's present.
+DEMO_ITEMS: dict[str, list[dict[str, Any]]] = {
+    "projects": [{"id": DEMO_PROJECT, "name": "Web shop"}],
+    "apps": [{"id": "storefront", "project_id": DEMO_PROJECT, "services": ["checkout", "payments", "cart"]}],
+    "teams": [{"id": "team-1", "name": "Payments"}],
+    "users": [{"id": "ada", "team_id": "team-1"}, {"id": "grace", "team_id": "team-1"}],
+    "contacts": [{"id": "oncall", "type": "webhook"}],
+    "dashboards": [{"id": "dash-1", "name": "Checkout health", "description": "Orders, payments, latency"}],
+    "panels": [{"dashboard_id": "dash-1", "title": "Payment errors",
+                "query": "SELECT count(*) FROM otel_logs WHERE SeverityText = 'ERROR'"}],
+    "rules": [{"id": "rule-1", "name": "Payment errors", "query": "error_rate(checkout) > 0.05",
+               "severity": "critical", "status": "firing", "enabled": True}],
+    "history": [{"rule_id": "rule-1", "status": "firing", "time": 37}],
+    "incidents": [{"id": "inc-1", "title": "Checkout: payments time out", "status": "open", "severity": "critical",
+                   "service": "storefront", "time": 36}],
+    "timeline": [{"incident_id": "inc-1", "time": 42, "type": "deployment", "message": "checkout v2.4.1 deployed"},
+                 {"incident_id": "inc-1", "time": 36, "type": "status_change", "message": "opened by rule-1"},
+                 {"incident_id": "inc-1", "time": 20, "type": "note", "message": "v2.4.1 cut the pool; roll back?"}],
+    "sessions": [{"id": "ses-1", "user_id": "user-7", "service": "storefront", "has_error": True, "time": 30},
+                 {"id": "ses-2", "user_id": "user-8", "service": "storefront", "has_error": False, "time": 90}],
+    "events": [{"session_id": "ses-1", "time": 30, "event_type": "click", "detail": "button Pay now"},
+               {"session_id": "ses-1", "time": 29, "event_type": "network", "detail": "POST /checkout 504, 5003 ms"},
+               {"session_id": "ses-1", "time": 29, "event_type": "error", "detail": "Payment timed out"}],
+    "errors": [{"session_id": "ses-1", "time": 29, "message": "Payment timed out"}],
 }
-DEMO_AI: dict[str, dict[str, Any]] = {
+DEMO_NEW: dict[str, Any] = {"incidents": {"status": "open"}, "rules": {"status": "active", "enabled": True}}
+DEMO_AI = {
     "chat_to_query": {"query": "SELECT ServiceName, count(*) FROM otel_logs GROUP BY ServiceName"},
     "root_cause_analysis": {"cause": "checkout v2.4.1 cut its connections to payments from 50 to 10"},
     "summarize": {"summary": "checkout fails at payments since v2.4.1; cart is healthy"},
     "autofix": {"file": "checkout/config.yaml", "patch": "-pool_size: 10\n+pool_size: 50\n"},
 }
+# What a tool selects from telemetry, in groups by the first column; those that are not here select whole rows.
+DEMO_COLUMNS = {
+    "list_log_services": "ServiceName, count(*) AS records",
+    "log_stats": "{group}, count(*) AS records",
+    "log_patterns": "pattern(Body) AS pattern, count(*) AS records",
+    "list_trace_services": "ServiceName, count(*) AS spans",
+    "list_trace_operations": "SpanName, count(*) AS spans",
+    "trace_stats": "{group}, count(*) AS spans, avg(StatusCode = 'ERROR') AS error_rate, avg(Duration) AS mean_ns",
+    "list_metric_names": "MetricName, count(*) AS points",
+    "get_metric_metadata": "MetricName, MetricUnit, 'gauge' AS type",
+    "list_metric_label_names": "label.key AS name",
+    "list_metric_label_values": "label.value AS value",
+    "metric_stats": "datetime(Timestamp, (-strftime('%s', Timestamp) % seconds(:step)) || ' seconds') AS time, "
+                    "avg(Value) AS avg, max(Value) AS max",
+}
+DEMO_GROUPS = {"severity": "SeverityText", "service_name": "ServiceName", "operation": "SpanName",
+               "status": "StatusCode", "resource": "ResourceAttributes"}
+# How an argument narrows telemetry.
+DEMO_FILTERS = {
+    "service": "ServiceName = :service", "text": "instr(lower(Body), lower(:text))",
+    "severity": "instr(upper(:severity), SeverityText)", "status": "StatusCode = :status",
+    "operation": "instr(SpanName, :operation)", "trace_id": "TraceId = :trace_id",
+    "min_latency": "Duration >= seconds(:min_latency) * 1e9",
+    "max_latency": "Duration <= seconds(:max_latency) * 1e9",
+    "prefix": "instr(MetricName, :prefix) = 1", "metric_name": "MetricName = :metric_name",
+    "label_name": "label.key = :label_name",
+}
 # fmt: on
 
 
-class Given(dict[str, Any]):
-    """A request's parameters; SQL reads those that are absent as NULL."""
-
-    def __missing__(self, name: str) -> None:
-        return None
+def seconds(duration: str) -> float:
+    """How long 1m30s or 500ms is."""
+    units = {"ns": 1, "us": 10**3, "µs": 10**3, "ms": 10**6, **UNITS}
+    return sum(float(count) * units[unit] for count, unit in re.findall(r"([\d.]+)(\D+)", duration)) / SECOND
 
 
 class Demo:
-    """The sample service's data and its answers; `clock` returns epoch nanoseconds."""
+    """The sample service; `clock` returns epoch nanoseconds."""
 
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
-        import sqlite3
-
-        self.present: Callable[[], int] = lambda: clock() // UNITS["m"]
-        self.begun = 0
+        self.clock = clock
         self.lock = threading.Lock()
-        self.window = ("", "~")
-        self.written: list[dict[str, Any]] | None = None  # the items, once a call has changed them
-        self.db = sqlite3.connect(":memory:", check_same_thread=False)
-        functions: dict[str, Callable[..., Any]] = {
-            "begun": lambda: self.begun,
-            "present": self.present,
-            "window_from": lambda: self.window[0],
-            "window_to": lambda: self.window[1],
-            "pod": self.pod,
-            "pattern": lambda body: re.sub(r"\d+", "*", body),
-            "duration": lambda text: int(text.rstrip("msh")) * {"ms": 10**6, **UNITS}[text.lstrip("0123456789")],
-            "titles": lambda: json.dumps(
-                [{f"{item['kind']}s": item.get("title", item.get("name"))} for item in self.items]
-            ),
-        }
-        for name, function in functions.items():
-            self.db.create_function(name, -1, function)
-        self.db.execute(DEMO_MINUTES)
-        for table, rows in DEMO_ROWS.items():
-            self.db.execute(f"CREATE VIEW all_{table} ({DEMO_TABLES[table].replace(' ', ', ')}) AS {rows}")
-            within = "Timestamp BETWEEN window_from() AND window_to()"
-            self.db.execute(f"CREATE VIEW {table} AS SELECT * FROM all_{table} WHERE {within}")
-        self.db.execute("SELECT * FROM json_each('[]')")  # loads its module, which the authorizer would refuse
-        reads = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-        self.db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in reads else sqlite3.SQLITE_DENY)
-
-    @staticmethod
-    def pod(service: str, version: str) -> str:
-        """The resource attributes of a service, as JSON."""
-        version = {"payments": "1.9.3", "cart": "1.2.0"}.get(service, version)
-        own = {"service.name": service, "service.version": version, "host.name": f"{service}-7d9f"}
-        return json.dumps(own | {"deployment.environment.name": "production", "cloud.region": "eu-west-1"})
-
-    @property
-    def items(self) -> list[dict[str, Any]]:
-        """What is not telemetry, with its times."""
-        if self.written is not None:
-            return self.written
-        at = [self.stamp((self.begun - item.get("time", 0)) * UNITS["m"]) for item in DEMO_ITEMS]
-        return [item | ({"time": time} if "time" in item else {}) for item, time in zip(DEMO_ITEMS, at, strict=True)]
-
-    @staticmethod
-    def stamp(instant: int) -> str:
-        """Epoch nanoseconds in one form that sorts as text."""
-        return datetime.fromtimestamp(instant // SECOND, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        self.items = copy.deepcopy(DEMO_ITEMS)
+        for table, minutes, service, version, *own in DEMO_TELEMETRY:
+            resource = {"service.name": service, "service.version": version, "cloud.region": "eu-west-1"}
+            for minute in minutes:
+                values = [value.format(1000 - minute) if isinstance(value, str) else value for value in own]
+                row = (minute, f"{1000 - minute:032x}", service, resource, *values)
+                self.items.setdefault(table, []).append(dict(zip(DEMO_TABLES[table].split(), row, strict=True)))
 
     def exchange(self, method: str, target: str, headers: dict[str, str], body: bytes | None, call: Call) -> Answer:
-        """Answer a request in place of the network; any key that begins with obt_demo is right."""
-        status, data = 401, {"error": "the API key is wrong"}
-        if headers["Authorization"].startswith("Bearer obt_demo"):
-            with self.lock:
-                self.begun = self.begun if self.present() - self.begun < 15 else self.present()
-                status, data = self.answer(method, target, body)
-        return Answer(status, {"content-type": "application/json"}, "" if data is None else json.dumps(data))
-
-    def answer(self, method: str, target: str, body: bytes | None) -> tuple[int, Any]:
-        """Status and data for an authenticated request."""
+        """Answer a request in place of the network."""
         url = urllib.parse.urlsplit(target)
+        given: dict[str, Any] = {name: ",".join(values) for name, values in urllib.parse.parse_qs(url.query).items()}
+        given |= json.loads(body or b"{}")
         for tool in sorted(TOOL_NAMES.values(), key=lambda tool: len(tool.in_path)):  # a fixed path comes first
             match = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", tool.path), url.path)
             if match and method == tool.method:
+                given |= {name: urllib.parse.unquote(value) for name, value in match.groupdict().items()}
                 break
-        else:
-            return 404, {"error": f"{method} {url.path} is no endpoint"}
-        given = Given((name, ",".join(values)) for name, values in urllib.parse.parse_qs(url.query).items())
-        given.update(json.loads(body or b"{}"))
-        given.update((name, urllib.parse.unquote(value)) for name, value in match.groupdict().items())
+        with self.lock:
+            status, data = self.answer(tool, given)
+        return Answer(status, {"content-type": "application/json"}, json.dumps(data, default=bytes.hex))
+
+    def answer(self, tool: Tool, given: dict[str, Any]) -> tuple[int, Any]:
+        """The status and data for a call."""
         if given.get("project_id", DEMO_PROJECT) != DEMO_PROJECT:
             return 403, {"error": f"this key does not see project {given['project_id']}, only {DEMO_PROJECT}"}
-        start, end = (parse_time(given[name] or "", 0) for name in ("time_from", "time_to"))
-        self.window = ("" if start is None else self.stamp(start), "~" if end is None else self.stamp(end))
         if tool.name in DEMO_AI:
             return 200, DEMO_AI[tool.name]
         if tool.name == "generate_deeplink":
-            return 200, {"url": f"https://app.obtrace.example/{given['type']}/{given['resource_id'] or ''}"}
-        if "query" in given and tool.name.startswith("query_") or tool.name in DEMO_SQL:
-            return self.from_telemetry(tool, given)
-        return self.from_items(tool, given)
+            return 200, {"url": f"https://app.obtrace.example/{given['type']}/{given.get('resource_id', '')}"}
+        table = re.search("logs|traces|metrics", tool.path)
+        return self.from_telemetry(tool, table[0], given) if table else self.from_items(tool, given)
 
-    def from_telemetry(self, tool: Tool, given: Given) -> tuple[int, Any]:
+    def rows(self, given: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """All that there is in the window, each row with its kind."""
+        now = self.clock()
+        present = now - now % (15 * UNITS["m"])  # so the story stands still for a quarter of an hour at a time
+        start = parse_time(given.get("time_from", "1970-01-01"), 0) or 0
+        end = min(parse_time(given.get("time_to", "now"), now) or 0, now)
+        for kind, items in self.items.items():
+            for item in items:
+                name = "Timestamp" if kind in DEMO_TABLES else "time"
+                at = present - item.get(name, 0) * UNITS["m"]
+                if start <= at <= end:
+                    yield {"kind": kind, **item} | ({name: format_time(at)} if name in item else {})
+
+    def from_items(self, tool: Tool, given: dict[str, Any]) -> tuple[int, Any]:
+        """Read or write what is not telemetry."""
+        kind = re.findall(r"/([a-z]+)", tool.path)[-1].replace("activities", "timeline")
+        wanted = given
+        for owner, name in re.findall(r"(\w+)/\{(\w+)\}", tool.path):
+            own = next((item for item in self.items[owner] if item["id"] == given[name]), None)
+            if own is None:
+                return 404, {"error": f"there is no {given[name]} among the {owner}"}
+            if tool.method == "PUT":
+                own.update({field: value for field, value in given.items() if field != name})
+            if tool.method == "DELETE":
+                self.items[owner].remove(own)
+                return 204, None
+            if owner == kind:
+                wanted = {"id": own["id"]}
+        if tool.method == "POST":
+            wanted = {"id": f"{kind}-{self.clock():x}"}
+            self.items[kind].append(wanted | {"time": 0} | DEMO_NEW.get(kind, {}) | given)
+        kinds = given.get("types", "dashboards,incidents,logs,traces,metrics") if kind == "search" else kind
+        found = [
+            row
+            for row in self.rows(given)
+            if row["kind"] in kinds.split(",")
+            and wanted.get("query", "").lower() in str(row).lower()
+            and all(str(row[name]).lower() == str(value).lower() for name, value in wanted.items() if name in row)
+        ]
+        return 200, found[-1] if "id" in wanted else {"items": found[: int(given.get("limit", 1000))]}
+
+    def from_telemetry(self, tool: Tool, table: str, given: dict[str, Any]) -> tuple[int, Any]:
         """Run the tool's SQL, or the model's own, for real."""
         import sqlite3
 
-        query = DEMO_SQL.get(tool.name) or given["query"].strip("; \n")
-        if match := re.fullmatch(r"(?i)desc(?:ribe)?\s+(?:table\s+)?(\w+)", query):
-            columns = DEMO_TABLES.get(match[1], "").split()
-            types = {name: "Map(String, String)" if "Attributes" in name else "String" for name in columns} | DEMO_TYPES
-            rows = [{"name": name, "type": types[name]} for name in columns]
-            return (200, {"rows": rows}) if rows else self.no_such("table", match[1])
-        if re.match(r"(?i)show\s+tables", query):
-            return 200, {"rows": [{"name": table} for table in DEMO_TABLES]}
-        query = re.sub(r"(\w+)\['([^']*)'\]", r"""json_extract(\1, '$."\2"')""", query)  # a map, as ClickHouse reads it
-        steps = iter(range(DEMO_STEPS // 10_000))
-        self.db.set_progress_handler(lambda: next(steps, None) is None, 10_000)
-        try:
-            cursor = self.db.execute(query, given)
-            found = cursor.fetchmany(min(int(given["limit"] or 1000), 10_000))
-        except (sqlite3.Error, sqlite3.Warning) as error:
-            if match := re.fullmatch(r"no such (column|table): (.*)", str(error)):
-                return self.no_such(match[1], match[2])
-            return 400, {"error": f"{error} (the sample service runs SQLite; Obtrace's own dialect is ClickHouse)"}
-        if not found and tool.in_path:
-            return 404, {"error": "no telemetry of this name"}
-        names = [column[0] for column in cursor.description]
-        rows = [{name: self.cell(name, value) for name, value in zip(names, row, strict=True)} for row in found]
-        return 200, rows[0] if tool.name == "get_metric_metadata" else {"rows": rows}
+        sqlite3.register_adapter(dict, json.dumps)
+        sqlite3.register_converter("MAP", json.loads)
+        reads = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+        sql = sample_sql(tool, table, given)
+        described = re.fullmatch(r"(?i)desc(?:ribe)?\s+(?:table\s+)?(\w+)", sql)
+        with contextlib.closing(sqlite3.connect(":memory:", detect_types=sqlite3.PARSE_DECLTYPES)) as db:
+            db.row_factory = sqlite3.Row
+            db.create_function("pattern", 1, lambda body: re.sub(r"\d+", "*", body))
+            db.create_function("seconds", 1, seconds)
+            for name, columns in DEMO_TABLES.items():
+                columns = columns.replace(" ", ", ").replace("Attributes", "Attributes MAP")
+                db.execute(f"CREATE TABLE otel_{name} ({columns})")
+            for name, *values in (row.values() for row in self.rows(given)):
+                if name in DEMO_TABLES:
+                    db.execute(f"INSERT INTO otel_{name} VALUES ({', '.join('?' * len(values))})", values)
+            db.set_progress_handler(lambda: True, DEMO_STEPS)
+            if "query" in given:  # the model's own
+                db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in reads else sqlite3.SQLITE_DENY)
+            try:
+                cursor = db.execute(f"SELECT * FROM {described[1]}" if described else sql, given)
+                rows = [dict(row) for row in cursor.fetchmany(min(int(given.get("limit", 1000)), 10_000))]
+            except (sqlite3.Error, sqlite3.Warning) as error:
+                said = str(error).replace("no such column:", "Unknown expression identifier")
+                said = said.replace("no such table:", "Unknown table expression identifier")  # ClickHouse's words
+                return 400, {"error": f"{said} (the sample service runs SQLite; Obtrace's own dialect is ClickHouse)"}
+        if described:
+            rows = [{"name": name, "type": DEMO_TYPES.get(name, "String")} for name, *_ in cursor.description]
+        return (200, {"rows": rows}) if rows or not tool.in_path else (404, {"error": "no telemetry of this name"})
 
-    @staticmethod
-    def no_such(what: str, name: str) -> tuple[int, Any]:
-        """ClickHouse's words for an unknown column or table."""
-        code, kind = (60, "UNKNOWN_TABLE") if what == "table" else (47, "UNKNOWN_IDENTIFIER")
-        return 404, {"error": f"Code: {code}. DB::Exception: Unknown {what} expression identifier `{name}`. ({kind})"}
 
-    @staticmethod
-    def cell(name: str, value: Any) -> Any:
-        """A value of SQLite as JSON has it."""
-        if isinstance(value, bytes):
-            return value.hex()
-        return json.loads(value) if value and name.endswith("Attributes") else value
-
-    def from_items(self, tool: Tool, given: Given) -> tuple[int, Any]:
-        """Read or write what is not telemetry."""
-        words = "project|app|team|user|contact|dashboard|incident|rule|session"
-        kind = DEMO_KINDS.get(tool.name) or re.findall(words, tool.name.replace("point", ""))[-1]
-        parents = {given[name] for name in tool.in_path}
-        if parents and not any(item.get("id") in parents for item in self.items):
-            return 404, {"error": f"there is no {parents.pop()}"}
-        if tool.write:
-            self.written = self.items
-        values = {name: value for name, value in given.items() if name != "project_id"}
-        if tool.method == "POST":
-            number = sum(item["kind"] == kind for item in self.items) + 1
-            new = {"kind": kind, "id": f"{kind}-new-{number}", "time": self.stamp(time.time_ns())}
-            self.items.append(new | DEMO_NEW.get(kind, {}) | values)
-            return 201, self.items[-1]
-        own = [item for item in self.items if item["kind"] == kind and item.get("id") in parents]
-        if tool.method == "DELETE":
-            self.items.remove(own[0])
-            return 204, None
-        if tool.method == "PUT":
-            own[0].update({name: value for name, value in values.items() if name not in tool.in_path})
-        if own:
-            return 200, own[0]
-        if tool.name == "get_replay_errors":
-            values["event_type"] = "error"
-        chosen = [item for item in self.items if item["kind"] == kind and self.matches(item, values)]
-        return 200, {"items": chosen[: int(given["limit"] or 1000)]}
-
-    def matches(self, item: dict[str, Any], values: dict[str, Any]) -> bool:
-        """Whether an item lies in the window and has all given values."""
-        words = {name: str(value).lower() for name, value in values.items() if name in item and name != "query"}
-        inside = self.window[0] <= item.get("time", self.window[0]) <= self.window[1]
-        named = values.get("query", "").lower() in item.get("name", "").lower()
-        return inside and named and all(str(item[name]).lower() == value for name, value in words.items())
+def sample_sql(tool: Tool, table: str, given: Mapping[str, Any]) -> str:
+    """The SQL of a call, in SQLite's dialect."""
+    if "query" in given:
+        query = re.sub(r"(?i)^show\s+tables$", "SELECT name FROM sqlite_master", given["query"].strip("; \n"))
+        return re.sub(r"(\w+)\['([^']*)'\]", r"""json_extract(\1, '$."\2"')""", query)  # a map, as ClickHouse reads it
+    group = DEMO_GROUPS.get(given.get("group_by", ""), "substr(Timestamp, 1, 16) AS minute")
+    columns = DEMO_COLUMNS.get(tool.name, "*").format(group=group)
+    labels = ", json_each(ResourceAttributes) AS label" if "label" in tool.name else ""
+    where = " AND ".join(["true", *(DEMO_FILTERS[name] for name in given if name in DEMO_FILTERS)])
+    end = "ORDER BY Timestamp DESC" if columns == "*" else "GROUP BY 1"
+    return f"SELECT {columns} FROM otel_{table}{labels} WHERE {where} {end}"
 
 
 # ---------------------------------------------------------------- the doctor
@@ -2762,12 +2695,13 @@ def diagnose(
     yield f"trusted: {config.tls_ca_cert or 'the CAs of the system and certifi'}; client certificate: {mutual}"
     yield "in this program" if exchange else addresses_of(where, source if proxies else "OBTRACE_URL")
     request = Request("--check", "GET", "/api/v1/projects")
-    answer, read_at = ask(client, request), time.time()
+    with deadline(config.timeout) as call:
+        answer, read_at = client.send(request, call), time.time()
     yield "in this program" if exchange else connection_of(answer)
     if answer.status == 404 and own_key:
         raise ObtraceError("what answers is not the Obtrace API; check host, port and path in OBTRACE_URL")
-    if own_key and answer.status != 403:
-        expect_data(request, answer, config)
+    if own_key and answer.status != 403 and read_answer(request, answer, config.api_key.source) is None:
+        raise ObtraceError(f"{request.path} answered {answer.named} without data; check OBTRACE_URL")
     limited = ", but it may not list projects" if answer.status == 403 else f", from {config.api_key.source}"
     yield f"accepted{limited}" if own_key else "none of the server's own; each client has to send one"
     yield scope_of(client) if own_key else "that of each caller"
@@ -2783,18 +2717,6 @@ def addresses_of(url: urllib.parse.SplitResult, peer: str) -> str:
     except (OSError, UnicodeError) as error:
         raise ObtraceError(f"{url.hostname}: {cause_of(error, 0, peer)}") from None
     return f"{url.hostname} is {', '.join(dict.fromkeys(str(address[0]) for *_, address in found))}"
-
-
-def ask(client: Client, request: Request) -> Answer:
-    """Send a request, and close its connection when the time is over; raises ObtraceError."""
-    with deadline(client.config.timeout) as call:
-        return client.send(request, call)
-
-
-def expect_data(request: Request, answer: Answer, config: Config) -> None:
-    """Raise ObtraceError unless the answer holds data."""
-    if read_answer(request, answer, config.api_key.source) is None:
-        raise ObtraceError(f"{request.path} answered {answer.named} without data; check OBTRACE_URL")
 
 
 def connection_of(answer: Answer) -> str:
@@ -2814,11 +2736,10 @@ def scope_of(client: Client) -> str:
     project, tenant = client.config.project_id, f"tenant {client.config.tenant_id or 'of the key'}"
     if not project:
         return f"{tenant}; any project of the key (OBTRACE_PROJECT_ID is not set)"
-    request = Request("--check", "GET", f"/api/v1/projects/{urllib.parse.quote(project, safe='')}", project_id=project)
-    try:
-        expect_data(request, ask(client, request), client.config)
-    except ObtraceError as error:
-        raise ObtraceError(f"OBTRACE_PROJECT_ID {project}, {tenant}: the key does not see it; {error}") from None
+    with deadline(client.config.timeout) as call:
+        outcome = Toolbox(client, TOOL_NAMES).run("get_project", {}, call)
+    if outcome.failed:
+        raise ObtraceError(f"OBTRACE_PROJECT_ID {project}, {tenant}: the key does not see it; {outcome.text}")
     return f"{tenant}; project {project}, which the key sees"
 
 
