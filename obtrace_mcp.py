@@ -2499,23 +2499,20 @@ DEMO_AI = {
     "summarize": {"summary": "checkout fails at payments since v2.4.1; cart is healthy"},
     "autofix": {"file": "checkout/config.yaml", "patch": "-pool_size: 10\n+pool_size: 50\n"},
 }
-# What a tool selects from telemetry, in groups by the first column; those that are not here select whole rows.
-DEMO_COLUMNS = {
-    "list_log_services": "ServiceName, count(*) AS records",
-    "log_stats": "{group}, count(*) AS records",
-    "log_patterns": "pattern(Body) AS pattern, count(*) AS records",
-    "list_trace_services": "ServiceName, count(*) AS spans",
-    "list_trace_operations": "SpanName, count(*) AS spans",
-    "trace_stats": "{group}, count(*) AS spans, avg(StatusCode = 'ERROR') AS error_rate, avg(Duration) AS mean_ns",
-    "list_metric_names": "MetricName, count(*) AS points",
-    "get_metric_metadata": "MetricName, MetricUnit, 'gauge' AS type",
-    "list_metric_label_names": "label.key AS name",
-    "list_metric_label_values": "label.value AS value",
-    "metric_stats": "datetime(Timestamp, (-strftime('%s', Timestamp) % seconds(:step)) || ' seconds') AS time, "
-                    "avg(Value) AS avg, max(Value) AS max",
+# What telemetry is grouped by, under the last word of a path or a value of group_by; else its rows are shown.
+DEMO_GROUPS = {
+    "services": "ServiceName", "operations": "SpanName", "patterns": "pattern(Body) AS pattern",
+    "names": "MetricName", "metadata": "MetricName, MetricUnit, 'gauge' AS type",
+    "labels": "label.key AS label", "values": "label.value AS value",
+    "stats": "datetime(Timestamp, (-strftime('%s', Timestamp) % seconds(:step)) || ' seconds') AS time",
+    "service_name": "ServiceName", "severity": "SeverityText", "operation": "SpanName", "status": "StatusCode",
 }
-DEMO_GROUPS = {"severity": "SeverityText", "service_name": "ServiceName", "operation": "SpanName",
-               "status": "StatusCode", "resource": "ResourceAttributes"}
+# What is told of a group.
+DEMO_MEASURES = {
+    "logs": "count(*) AS records",
+    "traces": "count(*) AS spans, avg(StatusCode = 'ERROR') AS error_rate, avg(Duration) AS mean_ns",
+    "metrics": "avg(otel_metrics.Value) AS avg, max(otel_metrics.Value) AS max",
+}
 # How an argument narrows telemetry.
 DEMO_FILTERS = {
     "service": "ServiceName = :service", "text": "instr(lower(Body), lower(:text))",
@@ -2638,9 +2635,9 @@ class Demo:
             if "query" in given:  # the model's own
                 db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in reads else sqlite3.SQLITE_DENY)
             try:
-                cursor = db.execute(f"SELECT * FROM {described[1]}" if described else sql, given)
+                cursor = db.execute(f"SELECT * FROM {described[1]}" if described else sql, {"step": "1m"} | given)
                 rows = [dict(row) for row in cursor.fetchmany(min(int(given.get("limit", 1000)), 10_000))]
-            except (sqlite3.Error, sqlite3.Warning) as error:
+            except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
                 said = str(error).replace("no such column:", "Unknown expression identifier")
                 said = said.replace("no such table:", "Unknown table expression identifier")  # ClickHouse's words
                 return 400, {"error": f"{said} (the sample service runs SQLite; Obtrace's own dialect is ClickHouse)"}
@@ -2654,12 +2651,13 @@ def sample_sql(tool: Tool, table: str, given: Mapping[str, Any]) -> str:
     if "query" in given:
         query = re.sub(r"(?i)^show\s+tables$", "SELECT name FROM sqlite_master", given["query"].strip("; \n"))
         return re.sub(r"(\w+)\['([^']*)'\]", r"""json_extract(\1, '$."\2"')""", query)  # a map, as ClickHouse reads it
-    group = DEMO_GROUPS.get(given.get("group_by", ""), "substr(Timestamp, 1, 16) AS minute")
-    columns = DEMO_COLUMNS.get(tool.name, "*").format(group=group)
     labels = ", json_each(ResourceAttributes) AS label" if "label" in tool.name else ""
     where = " AND ".join(["true", *(DEMO_FILTERS[name] for name in given if name in DEMO_FILTERS)])
-    end = "ORDER BY Timestamp DESC" if columns == "*" else "GROUP BY 1"
-    return f"SELECT {columns} FROM otel_{table}{labels} WHERE {where} {end}"
+    source = f"FROM otel_{table}{labels} WHERE {where}"
+    group = DEMO_GROUPS.get(given.get("group_by", ""), DEMO_GROUPS.get(tool.path.split("/")[-1]))
+    if group is None:
+        return f"SELECT * {source} ORDER BY Timestamp DESC"
+    return f"SELECT {group}, {DEMO_MEASURES[table]} {source} GROUP BY 1"
 
 
 # ---------------------------------------------------------------- the doctor
