@@ -1842,6 +1842,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_REQUEST = 1024 * 1024  # bytes of an HTTP request's body
 MAX_ARRIVAL = 10.0  # seconds until an HTTP request must be there as a whole
 MAX_STREAMS = 1000  # of the SSE transport
+GRACE = 1  # seconds that calls over HTTP have to finish after a signal
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 PATHS = {"streamable-http": "/mcp", "sse": "/sse"}
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, 3.2
@@ -2346,7 +2347,9 @@ def listen(addr: str, token: str) -> list[socket.socket]:
 def run_http(server: Server[Any], transport: str, door: Door, sockets: list[socket.socket]) -> NoReturn:
     """Serve many clients over HTTP until a signal comes."""
     import uvicorn
+    from sse_starlette.sse import AppStatus
 
+    AppStatus.enable_automatic_graceful_drain = False  # it would cut answers off at once when a signal comes
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limit
         import resource  # each SSE client keeps a connection open, and 1,024 files are a common limit
 
@@ -2358,7 +2361,7 @@ def run_http(server: Server[Any], transport: str, door: Door, sockets: list[sock
             door.routes = routes | {"/healthz": PlainTextResponse("ok\n")}
             config = uvicorn.Config(
                 door, http=patient_protocol(), ws="none", loop="asyncio", lifespan="off", log_config=None,
-                access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=1,
+                access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=GRACE,
             )  # fmt: skip
             await uvicorn.Server(config).serve(sockets)
         leave(1)
@@ -2735,7 +2738,7 @@ def scope_of(client: Client) -> str:
     if not project:
         return f"{tenant}; any project of the key (OBTRACE_PROJECT_ID is not set)"
     with deadline(client.config.timeout) as call:
-        outcome = Toolbox(client, TOOL_NAMES).run("get_project", {}, call)
+        outcome = Toolbox(client, TOOL_NAMES, Audit("", "")).run("get_project", {}, call)
     if outcome.failed:
         raise ObtraceError(f"OBTRACE_PROJECT_ID {project}, {tenant}: the key does not see it; {outcome.text}")
     return f"{tenant}; project {project}, which the key sees"

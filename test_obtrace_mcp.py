@@ -2357,6 +2357,26 @@ def test_a_signal_ends_it(service: Service, transport: str, number: signal.Signa
         server.end_by(number)
 
 
+@pytest.mark.parametrize("era", ERAS)
+def test_a_signal_lets_a_running_call_finish(service: Service, era: str) -> None:
+    begun, go, outcomes = threading.Event(), threading.Event(), queue.SimpleQueue[Any]()
+
+    def late(handler: http.server.BaseHTTPRequestHandler) -> None:
+        begun.set()
+        go.wait(PATIENCE)
+        reply("{}")(handler)
+
+    service.replies = [late]
+    with closing(Web(**service.environ, LIMITS=f"GRACE = {PATIENCE}")) as server:
+        threading.Thread(target=lambda: outcomes.put(server.tool([], era)), daemon=True).start()
+        assert begun.wait(PATIENCE)
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # in which the SDK would cut the answer off
+        go.set()
+        assert outcomes.get(timeout=PATIENCE) == ("{}", False)
+        assert server.wait() == (0, "")
+
+
 # ---------------------------------------------------------------- prompts
 
 FILLED = {
