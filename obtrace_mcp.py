@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     from starlette.responses import PlainTextResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-__version__ = "1.2.0"
+__version__ = "1.3.0"
 
 
 class ConfigError(Exception):

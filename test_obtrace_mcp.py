@@ -354,7 +354,7 @@ def test_the_readme_names_every_variable_flag_category_and_tool() -> None:
 
 def test_the_readme_s_questions_are_answered_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     changing = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z|TIME|[0-9a-f]{32}|TRACE|order-\d+|ORDER")
-    asked = re.findall(r"^\$ mcp-obtrace (--demo --call .*)\n(.*)$", text_of("README.md"), re.MULTILINE)
+    asked = re.findall(r"^\| .* \| `(--demo --call .*?)` \| `(.*)` \|$", text_of("README.md"), re.MULTILINE)
     assert len(asked) >= 5
     for command, answer in asked:
         assert program.main(shlex.split(command)) == 0, command
