@@ -34,6 +34,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,15 @@ PATIENCE = 60  # seconds until a test that hangs fails; nothing is measured with
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variable of the user's configures the program or a proxy."""
+    """No variable of the user's configures the program or a proxy, and a GET is sent again without a wait."""
+    monkeypatch.setattr(program, "RETRY_DELAYS", [0.01] * len(program.RETRY_DELAYS))
     for name in os.environ:
         if re.search("PROXY|OBTRACE", name.upper()):
             monkeypatch.delenv(name)
 
 
 def clean_environ(**more: str) -> dict[str, str]:
-    """The same for a process; Python's caches count."""
+    """The environment of a process without these variables; Python's caches count."""
     kept = {name: value for name, value in os.environ.items() if not re.search("PROXY|OBTRACE|BYTECODE", name.upper())}
     return kept | {"PYTHONPATH": "", "COLUMNS": "80"} | more
 
@@ -80,8 +82,7 @@ class Recorded:
 
     def __init__(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         url = urllib.parse.urlsplit(handler.path)
-        self.line = f"{handler.command} {url.path}"
-        self.query = urllib.parse.parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
+        self.line, self.query = f"{handler.command} {url.path}", url.query
         self.headers = handler.headers
         self.body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
         self.connection = handler.client_address
@@ -171,18 +172,20 @@ def raw(*parts: bytes, pause: float = 0.0) -> Reply:
     return send
 
 
-def until_left(begun: threading.Event, left: threading.Event) -> Reply:
-    """No answer, until the caller closes the connection."""
+class Silence:
+    """No answer but perhaps its head, until the caller closes the connection."""
 
-    def wait(handler: http.server.BaseHTTPRequestHandler) -> None:
-        begun.set()
+    def __init__(self, head: bytes = b"") -> None:
+        self.head, self.begun, self.left = head, threading.Event(), threading.Event()
+
+    def __call__(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(self.head)
+        self.begun.set()
         handler.connection.settimeout(PATIENCE)
         with suppress(OSError):
             handler.rfile.read(1)
         handler.close_connection = True
-        left.set()
-
-    return wait
+        self.left.set()
 
 
 @pytest.fixture(scope="module")
@@ -208,20 +211,21 @@ def toolbox(environ: dict[str, str], *flags: str) -> program.Toolbox:
     )
 
 
-def call(service: Service, tool: str, environ: dict[str, str] | None = None, /, **arguments: Any) -> tuple[str, bool]:
-    """Text and isError of a call in this process, writes enabled."""
-    box = toolbox(service.environ | (environ or {}), "--enable-write")
+def asked(box: program.Toolbox, tool: str = "list_teams", key: str = "", /, **arguments: Any) -> program.Outcome:
+    """Text and isError of a call in this process, perhaps under a caller's key."""
     with program.deadline(box.client.config.timeout) as running:
-        text, failed = box.run(tool, arguments, running)
-    return text, failed
+        return box.run(tool, arguments, running, [("X-Obtrace-API-Key", key)] if key else [])
 
 
-def run(*arguments: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
+def call(service: Service, tool: str, environ: dict[str, str] | None = None, /, **arguments: Any) -> program.Outcome:
+    """The same over connections of its own, writes enabled."""
+    return asked(toolbox(service.environ | (environ or {}), "--enable-write"), tool, **arguments)
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run the program in a process to its end."""
-    command = [sys.executable, str(HERE / "obtrace_mcp.py"), *arguments]
-    return subprocess.run(
-        command, input=stdin, env=clean_environ(**environ), capture_output=True, encoding="utf-8", timeout=PATIENCE
-    )
+    command, env = [sys.executable, str(HERE / "obtrace_mcp.py"), *arguments], clean_environ(**environ)
+    return subprocess.run(command, input="", env=env, capture_output=True, encoding="utf-8", timeout=PATIENCE)
 
 
 ENVELOPE = {
@@ -229,28 +233,29 @@ ENVELOPE = {
     "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
     "io.modelcontextprotocol/clientCapabilities": {},
 }
+HELLO = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
 
 
 class Process:
     """The program as a client starts it, spoken to line by line."""
 
+    meta: Any = None  # what every request carries
+
     def __init__(self, *arguments: str, handshake: Any = True, **environ: Any) -> None:
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             self.command(arguments),
             env=clean_environ(**environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.last_id = 0
         self.answers: dict[Any, dict[str, Any]] = {}
         if handshake:
-            client = {"name": "test", "version": "1"}
-            self.ask("initialize", protocolVersion="2025-11-25", capabilities={}, clientInfo=client)
+            self.ask("initialize", **HELLO)
             self.tell("notifications/initialized")
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         return [sys.executable, str(HERE / "obtrace_mcp.py"), *arguments]
 
     def line(self, line: bytes) -> None:
-        assert self.process.stdin
         self.process.stdin.write(line + b"\n")
         self.process.stdin.flush()
 
@@ -259,13 +264,14 @@ class Process:
 
     def send(self, method: str, **params: Any) -> int:
         self.last_id += 1
+        if meta := (self.meta or {}) | params.pop("_meta", {}):
+            params["_meta"] = meta
         self.line(json.dumps({"jsonrpc": "2.0", "id": self.last_id, "method": method, "params": params}).encode())
         return self.last_id
 
     def next(self) -> dict[str, Any]:
-        assert self.process.stdout
         line = self.process.stdout.readline()
-        assert line, f"the server left: {self.process.stderr.read() if self.process.stderr else ''!r}"
+        assert line, f"the server left: {self.process.stderr.read()!r}"
         message: dict[str, Any] = json.loads(line)
         return message
 
@@ -290,31 +296,12 @@ class Process:
 
     def end(self) -> tuple[int, str]:
         """Close its input, and wait; exit status and standard error."""
-        if self.process.stdin:
-            self.process.stdin.close()
-            self.process.stdin = None
-        return self.wait()
-
-    def wait_only(self) -> int:
-        """Wait for its end without reading what it writes."""
-        return self.process.wait(PATIENCE)
-
-    def wait(self) -> tuple[int, str]:
         _, errors = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, errors.decode()
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-@contextmanager
-def serving(*arguments: str, handshake: Any = True, **environ: Any) -> Iterator[Process]:
-    with closing(Process(*arguments, handshake=handshake, **environ)) as process:
-        alarm = threading.Timer(PATIENCE, process.process.kill)
-        alarm.start()
-        yield process
-        alarm.cancel()
 
 
 # ---------------------------------------------------------------- the repository
@@ -387,7 +374,7 @@ GOLDEN: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("query_logs", {"query": "SELECT 1", **GIVEN_WINDOW}, "GET /gw/api/v1/query/logs", {"query": "SELECT 1", **WINDOW, "limit": "100", **P}),
     ("search_logs", {"text": AWKWARD, "severity": ["ERROR", "WARN"], "service": "a b", "limit": 7, **GIVEN_WINDOW}, "GET /gw/api/v1/search/logs",
      {"text": AWKWARD, "severity": ["ERROR", "WARN"], "service": "a b", **WINDOW, "limit": "7", **P}),
-    ("list_log_services", {}, "GET /gw/api/v1/logs/services", P),
+    ("list_log_services", {"project_id": "own"}, "GET /gw/api/v1/logs/services", {"project_id": "own"}),
     ("log_stats", {"service": "s", "group_by": "severity", **GIVEN_WINDOW}, "GET /gw/api/v1/logs/stats", {"service": "s", "group_by": "severity", **WINDOW, **P}),
     ("log_patterns", {"service": "s", "severity": "ERROR", **GIVEN_WINDOW}, "GET /gw/api/v1/logs/patterns", {"service": "s", "severity": "ERROR", **WINDOW, "limit": "20", **P}),
     ("query_traces", {"query": "SELECT 'é'", **GIVEN_WINDOW}, "GET /gw/api/v1/query/traces", {"query": "SELECT 'é'", **WINDOW, "limit": "100", **P}),
@@ -397,7 +384,7 @@ GOLDEN: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("list_trace_services", GIVEN_WINDOW, "GET /gw/api/v1/traces/services", {**WINDOW, **P}),
     ("list_trace_operations", {"service": "s"}, "GET /gw/api/v1/traces/operations", {"service": "s", **P}),
     ("trace_stats", {"service": "s", "group_by": "operation", **GIVEN_WINDOW}, "GET /gw/api/v1/traces/stats", {"service": "s", "group_by": "operation", **WINDOW, **P}),
-    ("query_metrics", {"query": "SELECT 1", "limit": 1, **GIVEN_WINDOW}, "GET /gw/api/v1/query/metrics", {"query": "SELECT 1", **WINDOW, "limit": "1", **P}),
+    ("query_metrics", {"query": "SELECT 1", **GIVEN_WINDOW}, "GET /gw/api/v1/query/metrics", {"query": "SELECT 1", **WINDOW, "limit": "100", **P}),
     ("list_metric_names", {"prefix": "http.", "service": "s"}, "GET /gw/api/v1/metrics/names", {"prefix": "http.", "service": "s", **P}),
     ("get_metric_metadata", {"metric_name": AWKWARD_ID}, f"GET /gw/api/v1/metrics/{ENCODED_ID}/metadata", P),
     ("list_metric_label_names", {"metric_name": AWKWARD_ID, **GIVEN_WINDOW}, f"GET /gw/api/v1/metrics/{ENCODED_ID}/labels", {**WINDOW, **P}),
@@ -422,14 +409,14 @@ GOLDEN: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
     ("create_alert_rule", {"name": "n", "query": "q > 1", "severity": "high", "description": "d"}, "POST /gw/api/v1/alerts/rules", {"name": "n", "query": "q > 1", "severity": "high", "interval": "1m", "description": "d", **P}),
     ("update_alert_rule", {"rule_id": AWKWARD_ID, "name": "n", "enabled": False}, f"PUT /gw/api/v1/alerts/rules/{ENCODED_ID}", {"name": "n", "enabled": False, **P}),
     ("delete_alert_rule", {"rule_id": AWKWARD_ID}, f"DELETE /gw/api/v1/alerts/rules/{ENCODED_ID}", P),
-    ("chat_to_query", {"question": AWKWARD, "query_type": "logs"}, "POST /gw/api/v1/ai/chat-to-query", {"question": AWKWARD, "query_type": "logs", **P}),
+    ("chat_to_query", {"question": AWKWARD, "project_id": "own"}, "POST /gw/api/v1/ai/chat-to-query", {"question": AWKWARD, "project_id": "own"}),
     ("root_cause_analysis", {"incident_id": "i", "trace_id": "t", "service": "s", "symptoms": AWKWARD, **GIVEN_WINDOW}, "POST /gw/api/v1/ai/root-cause",
      {"incident_id": "i", "trace_id": "t", "service": "s", "symptoms": AWKWARD, **WINDOW, **P}),
     ("summarize", {"service": "s", "focus": "errors", **GIVEN_WINDOW}, "POST /gw/api/v1/ai/summarize", {"service": "s", "focus": "errors", **WINDOW, **P}),
     ("autofix", {"incident_id": "i", "error_log": AWKWARD, "service": "s", "language": "go"}, "POST /gw/api/v1/ai/autofix", {"incident_id": "i", "error_log": AWKWARD, "service": "s", "language": "go", **P}),
     ("list_projects", {}, "GET /gw/api/v1/projects", {"limit": "50"}),
     ("get_project", {}, "GET /gw/api/v1/projects/env-project", {}),
-    ("list_apps", {"limit": 3}, "GET /gw/api/v1/projects/env-project/apps", {"limit": "3"}),
+    ("list_apps", {"project_id": "own"}, "GET /gw/api/v1/projects/own/apps", {"limit": "50"}),
     ("list_teams", {}, "GET /gw/api/v1/teams", {"limit": "50"}),
     ("list_users", {}, "GET /gw/api/v1/users", {"limit": "50"}),
     ("list_replay_sessions", {"user_id": "u", "service": "s", "has_error": True, **GIVEN_WINDOW}, "GET /gw/api/v1/replay/sessions", {"user_id": "u", "service": "s", "has_error": "true", **WINDOW, "limit": "50", **P}),
@@ -453,76 +440,47 @@ def build(tool: str, project: str = "", /, **arguments: Any) -> program.Request:
     return program.build_request(program.TOOL_NAMES[tool], arguments, project, NOW)
 
 
-def sent(request: program.Request) -> dict[str, Any]:
-    """The parameters of a request, from its query or its body; a name that recurs is a list."""
-    if request.body is not None:
+def sent(request: program.Request | Recorded) -> dict[str, Any]:
+    """The parameters of a request, from its body or its query; a name that recurs is a list."""
+    if request.body:
         return dict(json.loads(request.body))
-    values = urllib.parse.parse_qs(request.query, keep_blank_values=True)
+    values = urllib.parse.parse_qs(request.query, keep_blank_values=True, strict_parsing=bool(request.query))
     return {name: value[0] if len(value) == 1 else value for name, value in values.items()}
 
 
-def answered(box: program.Toolbox, tool: str, /, **arguments: Any) -> program.Outcome:
-    """Text and isError of a call in this process."""
-    with program.deadline(PATIENCE) as running:
-        return box.run(tool, arguments, running)
-
-
 @pytest.fixture(scope="module")
-def golden() -> Iterator[tuple[Service, Process]]:
-    more = {"OBTRACE_TENANT_ID": "tenant-1", "OBTRACE_PROJECT_ID": "env-project"}
-    with closing(Service()) as service:
-        environ = service.environ | more | {"OBTRACE_URL": f"http://127.0.0.1:{service.port}/gw/"}
-        with closing(Process("--enable-write", **environ)) as process:
-            yield service, process
+def golden(shared_service: Service) -> Iterator[Process]:
+    environ = {"OBTRACE_URL": f"http://127.0.0.1:{shared_service.port}/gw/", "OBTRACE_API_KEY": KEY}
+    environ |= {"OBTRACE_TENANT_ID": "tenant-1", "OBTRACE_PROJECT_ID": "env-project"}
+    with closing(Process("--enable-write", **environ)) as process:
+        yield process
 
 
 @pytest.mark.parametrize("row", GOLDEN, ids=GOLDEN_NAMES)
-def test_golden_request(golden: tuple[Service, Process], row: tuple[str, dict[str, Any], str, dict[str, Any]]) -> None:
-    (service, process), (tool, arguments, line, parameters) = golden, row
-    service.requests.clear()
-    assert process.call(tool, **arguments) == ('{"ok":true}', False)
+def test_golden_request(golden: Process, service: Service, row: Any) -> None:
+    tool, arguments, line, parameters = row
+    assert golden.call(tool, **arguments) == ('{"ok":true}', False)
     (request,) = service.requests
-    assert request.line == line
-    if line.startswith(("GET", "DELETE")):
-        lists = {name: [given] if isinstance(given, str) else given for name, given in parameters.items()}
-        assert sorted(request.query) == sorted((name, value) for name, values in lists.items() for value in values)
-        assert request.body == b""
-    else:
-        assert (request.query, json.loads(request.body)) == ([], parameters)
-        assert request.headers["Content-Type"] == "application/json"
+    assert (request.line, sent(request)) == (line, parameters)
+    in_body = line.startswith(("POST", "PUT"))
+    assert not (request.query if in_body else request.body)
     expected = {
         "Authorization": f"Bearer {KEY}", "User-Agent": f"obtrace-mcp/{program.__version__}", "Accept": "application/json",
-        "Accept-Encoding": "gzip", "X-Obtrace-Tenant-ID": "tenant-1", "X-Obtrace-Project-ID": "env-project",
+        "Accept-Encoding": "gzip", "X-Obtrace-Tenant-ID": "tenant-1", "X-Obtrace-Project-ID": arguments.get("project_id", "env-project"),
+        "Content-Type": "application/json" if in_body else None,
     }  # fmt: skip
     assert {name: request.headers[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("tool", ["get_trace", "get_project", "chat_to_query"])
-def test_a_call_s_own_project_wins_in_parameter_path_and_header(service: Service, tool: str) -> None:
-    call(service, tool, {"OBTRACE_PROJECT_ID": "env-project"}, project_id="own-project", **valid(tool))
-    (request,) = service.requests
-    assert request.headers["X-Obtrace-Project-ID"] == "own-project"
-    assert "own-project" in f"{request.line} {request.query} {request.body!r}"
-    assert "env-project" not in f"{request.line} {request.query} {request.body!r}"
-
-
-def test_without_tenant_and_project_nothing_of_them_is_sent(service: Service) -> None:
-    assert not call(service, "list_contact_points")[1]
-    (request,) = service.requests
-    assert request.query == []
-    assert not [name for name in request.headers if name.lower().startswith("x-obtrace")]
 
 
 @pytest.mark.parametrize("tool", GOLDEN_NAMES)
 def test_the_last_hour_is_sent_where_the_service_wants_a_window(tool: str) -> None:
     windowed = """query_logs search_logs log_stats log_patterns query_traces search_traces trace_stats query_metrics
                   metric_stats list_alert_history root_cause_analysis summarize""".split()
+    hour = {"time_from": "2026-01-02T02:00:00Z", "time_to": "2026-01-02T03:00:00Z"} if tool in windowed else {}
     given = sent(build(tool, "p", **valid(tool)))
-    assert (tool in windowed) == bool(given.keys() & {"time_from", "time_to"})
+    assert {name: given[name] for name in given if name.startswith("time_")} == hour
     if tool in windowed:
-        assert (given["time_from"], given["time_to"]) == ("2026-01-02T02:00:00Z", "2026-01-02T03:00:00Z")
-        given = sent(build(tool, time_to="2026-01-02", **valid(tool)))
-        assert (given["time_from"], given["time_to"]) == ("2026-01-01T23:00:00Z", "2026-01-02T00:00:00Z")
+        assert sent(build(tool, time_to="2026-01-02", **valid(tool)))["time_from"] == "2026-01-01T23:00:00Z"
 
 
 @pytest.mark.parametrize(("tool", "longest", "given", "expected"), [
@@ -549,17 +507,6 @@ def test_a_bound_that_the_call_did_not_ask_for_is_told(service: Service) -> None
     assert call(service, "list_incidents", bound, time_from="now-31d")[1]
     assert call(service, "query_logs", bound, query="SELECT 1", time_from="now-31d")[1]
     assert len(service.requests) == 2
-
-
-DEFAULT_LIMITS = {
-    100: "query_logs query_traces query_metrics list_alert_history", 20: "log_patterns", 200: "get_replay_events", 10: "global_search",
-    50: "search_logs search_traces list_dashboards list_incidents list_alert_rules list_projects list_apps list_teams list_users list_replay_sessions",
-}  # fmt: skip
-
-
-def test_the_default_limits_are_those_of_the_contract() -> None:
-    found = {name: tool.args["limit"].default for name, tool in program.TOOL_NAMES.items() if "limit" in tool.args}
-    assert found == {name: limit for limit, names in DEFAULT_LIMITS.items() for name in names.split()}
 
 
 # ---------------------------------------------------------------- what a client sees
@@ -607,7 +554,6 @@ def test_a_schema_tells_what_is_true() -> None:
     assert found["create_incident"]["properties"]["severity"]["enum"] == ["critical", "high", "medium", "low"]
     assert found["search_logs"]["properties"]["limit"] == {"type": "integer", "minimum": 1, "default": 50}
     assert found["search_logs"]["properties"]["severity"]["items"] == {"type": "string"}
-    assert found["get_replay_events"]["properties"]["limit"]["default"] == 200
     assert found["metric_stats"]["properties"]["step"]["default"] == "1m"
     assert "required" not in found["get_project"]
     for kind in ("logs", "traces", "metrics"):
@@ -680,7 +626,7 @@ def test_the_sample_answers_as_obtrace_would(tool: str, arguments: dict[str, Any
     now = time.time_ns()
     trace = f"{1000 - 20:032x}"  # a checkout of twenty minutes before the story's present
     given = {name: trace if value == "TRACE" else value for name, value in arguments.items()}
-    answer, failed = answered(sample([now]), tool, **given)
+    answer, failed = asked(sample([now]), tool, **given)
     assert failed == expected.startswith("refused: ")
     for words in expected.removeprefix("refused: ").split(" ... "):
         assert words in answer
@@ -692,7 +638,7 @@ def test_the_sample_answers_as_obtrace_would(tool: str, arguments: dict[str, Any
 def test_the_sample_s_story_stays_in_the_last_hour_and_stands_still_for_a_quarter(later: int) -> None:
     clock = [NOW]
     box = sample(clock)
-    assert "inc-1" in answered(box, "list_incidents")[0]
+    assert "inc-1" in asked(box, "list_incidents").text
     clock[0] += later * 60 * 10**9
     present = datetime.datetime.fromtimestamp(clock[0] // 10**9, datetime.timezone.utc)
     hour = {"time_from": (present - datetime.timedelta(hours=1)).isoformat(), "time_to": present.isoformat()}
@@ -700,7 +646,7 @@ def test_the_sample_s_story_stays_in_the_last_hour_and_stands_still_for_a_quarte
     deployed = quarter - datetime.timedelta(minutes=42)
     for words, first, last in (("deployed v2.4.1", deployed, deployed), ("payment timeout", deployed, present)):
         query = f"SELECT min(Timestamp) AS a, max(Timestamp) AS b FROM otel_logs WHERE Body LIKE '{words}%'"
-        answer = answered(box, "query_logs", query=query, **hour)[0]
+        answer = asked(box, "query_logs", query=query, **hour).text
         assert re.findall("T[0-9:]+", answer) == [f"{end:T%H:%M:00}" for end in (first, last)], words
 
 
@@ -743,13 +689,6 @@ WRONG: dict[str, list[tuple[str, str]]] = {
     ("16777217", "range")], "TLS_CLIENT_CERT": [("/hunter2", "OBTRACE_TLS_CLIENT_CERT and OBTRACE_TLS_CLIENT_KEY go together")],
     "TLS_CLIENT_KEY": [("/hunter2", "go together")],
 }
-FILES: list[tuple[dict[str, str], str]] = [
-    ({"API_KEY_FILE": "none"}, "_API_KEY_FILE cannot be read (No such file"), ({"API_KEY_FILE": "."}, "_API_KEY_FILE cannot be read (not a regular file"),
-    ({"API_KEY_FILE": "text", "API_KEY": "text"}, "OBTRACE_API_KEY and OBTRACE_API_KEY_FILE are both set"),
-    ({"TLS_CA_CERT": "none"}, "_TLS_CA_CERT cannot be read (No such file"), ({"TLS_CA_CERT": "text"}, "_TLS_CA_CERT names no PEM file"),
-    ({"TLS_CLIENT_CERT": "cert", "TLS_CLIENT_KEY": "none"}, "_TLS_CLIENT_KEY cannot be read"),
-    ({"TLS_CLIENT_CERT": "cert", "TLS_CLIENT_KEY": "key"}, "belong together"), ({"TLS_CLIENT_CERT": "text", "TLS_CLIENT_KEY": "key"}, "belong together"),
-]
 RIGHT: list[tuple[dict[str, str], str, object]] = [
     ({"URL": " https://x/obtrace/ "}, "url", "https://x/obtrace"), ({"URL": "http://localhost:1"}, "url", "http://localhost:1"),
     ({"URL": "http://127.9.9.9"}, "url", "http://127.9.9.9"), ({"URL": "http://[::1]:65535/"}, "url", "http://[::1]:65535"), ({"TIMEOUT": ""}, "timeout", 30.0),
@@ -759,9 +698,9 @@ RIGHT: list[tuple[dict[str, str], str, object]] = [
     ({"API_KEY": "obt_1234"}, "api_key", program.Secret("OBTRACE_API_KEY", "obt_1234")), ({"TLS_INSECURE": ""}, "tls_insecure", False),
     ({"TLS_INSECURE": "No"}, "tls_insecure", False), ({"TLS_INSECURE": "0"}, "tls_insecure", False), ({"TLS_INSECURE": "1"}, "tls_insecure", True),
     ({"TIMEOUT": "0.001"}, "timeout", 0.001), ({"TIMEOUT": "3600"}, "timeout", 3600.0), ({"MAX_RESULT_CHARS": ""}, "max_result_chars", 50_000),
-    ({"MAX_WINDOW": "9999w"}, "max_window", "9999w"), ({}, "max_window", ""), ({"MAX_RESULT_CHARS": "1000"}, "max_result_chars", 1000), ({"MAX_RESULT_CHARS": "16777216"}, "max_result_chars", 16_777_216),
+    ({"MAX_WINDOW": "9999w"}, "max_window", "9999w"), ({}, "max_window", ""), ({"MAX_RESULT_CHARS": "1000"}, "max_result_chars", 1000),
+    ({"MAX_RESULT_CHARS": "16777216"}, "max_result_chars", 16_777_216),
 ]
-MISSPELT = {"OBTRACE_BASE_URL": "OBTRACE_URL", "obtrace_url": "OBTRACE_URL", "OBTRACE_APIKEY": "OBTRACE_API_KEY", "OBTRACE_SIZE": "", "OBTRACE_TIMEOUT": ""}
 MISTAKES = [
     ("--api-key obt_hunter2", "unknown flag --api-key"), ("--api-key=obt_hunter2", "unknown flag --api-key"), ("obt_hunter2", "unknown argument"),
     ("-kobt_hunter2", "unknown argument"), ("--port 8080", "--port (did you mean --addr?)"), ("--enable-writes", "did you mean --enable-write?"),
@@ -769,25 +708,14 @@ MISTAKES = [
     ("--transport htpp", "did you mean streamable-http?"), ("--transport", "--transport: expected one argument"), ("--enabled-tools ''", "leave no tool"),
     ("--enable-write=hunter2", "--enable-write: ignored explicit argument"), ("--allowed-hosts hunter2", "--allowed-hosts counts only with"),
     ("--addr hunter2:8080", "--addr counts only with --transport streamable-http or sse"), ("--check --call list_teams", "not allowed with argument"),
-    ("--stdio", "did you mean --transport?"), ("--enabled-tools all", "or leave it out for all"), ("--enabled-tools lgos", "did you mean logs?"), ("--enabled-tools delete_dashboard", "delete_dashboard writes; add --enable-write"),
+    ("--stdio", "did you mean --transport?"), ("--enabled-tools all", "or leave it out for all"), ("--enabled-tools lgos", "did you mean logs?"),
+    ("--enabled-tools delete_dashboard", "delete_dashboard writes; add --enable-write"),
     ("--enabled-tools obt_hunter2_secret", "no tool or category; use logs, traces"), ("--enabled-tools logs --disable-logs", "leave no tool"),
     ("--call", "--call: expected at least one"), ("--call serch_logs", "did you mean search_logs?"),
     ("--call obt_hunter2", "--call names an unknown tool; --list-tools"), ("--call search_logs obt_hunter2", "argument 1 of search_logs is not NAME=VALUE"),
     ("--call search_logs text=x =obt_hunter2", "argument 2 of search_logs"),
 ]
 # fmt: on
-
-
-def refused(environ: dict[str, str], *flags: str) -> str:
-    """The sentence that a start is refused with; it repeats no value."""
-    with pytest.raises(program.ConfigError) as caught:
-        options, box = program.parse_flags(flags), toolbox(environ, *flags)
-        program.Door(options.allowed_hosts or "", box.client.config, box.audit).token()
-    said = str(caught.value)
-    assert not [value for value in environ.values() if len(value.strip()) > 3 and value.strip() in said]
-    assert not re.search(f"hunter|{KEY}", said)
-    assert re.fullmatch("[ -~]{,300}", said)
-    return said
 
 
 @pytest.mark.parametrize("row", [(name, *row) for name in WRONG for row in WRONG[name]], ids=lambda row: str(row)[:60])
@@ -797,21 +725,12 @@ def test_a_wrong_variable_is_refused_by_name(tmp_path: Path, row: tuple[str, str
         (tmp_path / "file").write_bytes(value.encode())
         value = str(tmp_path / "file")
     for key in {"API_KEY_FILE": [""], "MCP_TOKEN": [KEY, ""]}.get(name, [KEY]):
-        flags = ["--transport", "sse"] if name == "MCP_TOKEN" else []
-        said = refused(FINE | {"OBTRACE_API_KEY": key} | {f"OBTRACE_{name}": value}, *flags)
-        assert re.search(rf"OBTRACE_{name}\b", said)
-        assert expected in said
-
-
-@pytest.mark.parametrize(("variables", "expected"), FILES)
-def test_a_wrong_file_is_refused_at_the_start(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
-    certificates = [trustme.CA().issue_cert("obtrace.test") for _ in range(2)]
-    certificates[0].cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
-    certificates[1].private_key_pem.write_to_path(str(tmp_path / "key"))
-    (tmp_path / "text").write_text("hunter2")
-    environ = {f"OBTRACE_{name}": str(tmp_path / file) for name, file in variables.items()}
-    own_key = {} if "API_KEY_FILE" in variables else {"OBTRACE_API_KEY": KEY}
-    assert expected in refused({"OBTRACE_URL": "https://obtrace.test"} | own_key | environ)
+        environ = FINE | {"OBTRACE_API_KEY": key} | {f"OBTRACE_{name}": value}
+        with pytest.raises(program.ConfigError, match=rf"OBTRACE_{name}\b") as caught:
+            toolbox(environ, *["--transport=sse"] * (name == "MCP_TOKEN"))
+        said = str(caught.value)
+        assert expected in said and re.fullmatch("[ -~]{,300}", said)
+        assert not [each for each in ("hunter", *environ.values()) if len(each.strip()) > 3 and each.strip() in said]
 
 
 @pytest.mark.parametrize(("given", "field", "expected"), RIGHT, ids=lambda value: str(value)[:50])
@@ -821,21 +740,15 @@ def test_a_right_variable_is_read(given: dict[str, str], field: str, expected: o
     assert KEY not in repr(config)
 
 
-@pytest.mark.parametrize(("name", "meant"), MISSPELT.items())
-def test_a_misspelt_variable_is_told_at_the_start(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], service: Service, name: str, meant: str
-) -> None:
-    for variable, value in (service.environ | {name: "20"}).items():
-        monkeypatch.setenv(variable, value)
-    assert program.main(["--call", "list_teams"]) == 0
-    told = f"mcp-obtrace: there is no variable {name} (did you mean {meant}?)\n"
-    assert capsys.readouterr() == ('{"ok":true}\n', told if meant else "")
+def test_a_misspelt_variable_is_told_at_the_start(service: Service) -> None:
+    odd = {"OBTRACE_BASE_URL": "x", "obtrace_url": "x", "OBTRACE_SIZE": "x", "OBTRACE_TIMEOUT": "20"}
+    told = run("--call", "list_teams", **service.environ, **odd).stderr
+    said = "mcp-obtrace: there is no variable {} (did you mean OBTRACE_URL?)\n"
+    assert told == said.format("OBTRACE_BASE_URL") + said.format("obtrace_url")
 
 
 @pytest.mark.parametrize(("arguments", "expected"), MISTAKES)
-def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, expected: str
-) -> None:
+def test_a_mistake_on_the_command_line_is_told(monkeypatch: Any, capsys: Any, arguments: str, expected: str) -> None:
     for name, value in FINE.items():
         monkeypatch.setenv(name, value)
     given = shlex.split(arguments)
@@ -850,7 +763,7 @@ def test_a_mistake_on_the_command_line_is_one_sentence_and_status_2(
 def test_tools_are_chosen_by_names_and_categories_with_commas_or_spaces_in_any_case(service: Service) -> None:
     box = toolbox(service.environ, "--enabled-tools", " LOGS, list_teams  get_trace", "--disable-traces")
     assert list(box.tools) == "query_logs search_logs list_log_services log_stats log_patterns list_teams".split()
-    answer, failed = answered(box, "get_trace", trace_id="t")
+    answer, failed = asked(box, "get_trace", trace_id="t")
     assert failed
     assert re.search("get_trace.*--enabled-tools or --disable-", answer)
     assert service.requests == []
@@ -860,24 +773,15 @@ def test_the_key_file_is_read_again_for_each_request(service: Service, tmp_path:
     file = tmp_path / "key"
     file.write_text("first-key\n")
     box = toolbox({"OBTRACE_URL": service.environ["OBTRACE_URL"], "OBTRACE_API_KEY_FILE": str(file)})
-    answered(box, "list_teams")
+    asked(box)
     file.write_text("second-key\n")
     service.replies = [reply('["first-key","second-key"]')]
-    assert json.loads(answered(box, "list_teams")[0]) == ["[API key removed]"] * 2
+    assert json.loads(asked(box).text) == ["[API key removed]"] * 2
     file.write_text("\n")
-    answer, failed = answered(box, "list_teams")
+    answer, failed = asked(box)
     assert [each.headers["Authorization"] for each in service.requests] == ["Bearer first-key", "Bearer second-key"]
     assert failed
     assert re.search("OBTRACE_API_KEY_FILE is .*not set", answer)
-
-
-def test_a_service_that_is_down_does_not_keep_the_server_from_starting() -> None:
-    with closing(socket.socket()) as reserved:
-        reserved.bind(("127.0.0.1", 0))  # not listening: a connection is refused
-        with serving(OBTRACE_URL=f"http://127.0.0.1:{reserved.getsockname()[1]}", OBTRACE_API_KEY=KEY) as process:
-            answer, failed = process.call("list_teams")
-    assert failed
-    assert "the connection was refused" in answer
 
 
 # ---------------------------------------------------------------- from a call to a request
@@ -899,7 +803,10 @@ SLOPPY: list[tuple[str, dict[str, Any], str, object]] = [  # tool, arguments, an
     ("log_stats", {"time_to": "1970-01-01T00:30:00"}, "time_from", "1970-01-01T00:00:00Z"),
     ("query_logs", {"query": "SELECT 1" + " " * 49_992}, "query", "SELECT 1" + " " * 49_992),
 ]
-HUGE = "x" * 300_000
+HUGE, NO_IDS = "x" * 300_000, (".", "..", " ", "a\nb", "a\x00", "a\x7f", "\x85", "x" * 501)
+IDS = [(row[0], name) for row in GOLDEN for name in row[1] if re.search("_id$|^(metric|label)_name$", name)]
+IDS += [("get_project", "project_id"), ("search_logs", "project_id")]
+IN_PATH = [row[0] for row in GOLDEN if re.search(f"{ENCODED_ID}|/projects/|metrics/m/", row[2])]
 MISTAKEN: list[tuple[str, dict[str, Any], str]] = [
     ("search_logs", {"txt": "x"}, 'no argument "txt" (did you mean text?); accepted: text, severity'), ("search_logs", {}, "text is missing"),
     ("get_project", {}, "project_id is missing; give it, or the operator sets OBTRACE_PROJECT_ID"), ("search_logs", {"start": "1h"}, "did you mean time_from?"),
@@ -924,11 +831,14 @@ MISTAKEN: list[tuple[str, dict[str, Any], str]] = [
     ("log_stats", {"time_to": "9999-12-31T23:59:59-01:00"}, "9999"), ("metric_stats", {"metric_name": "m", "step": "10"}, "it must be a duration"),
     ("search_traces", {"min_latency": "abc"}, 'min_latency is "abc"; it must be a duration such as'), ("get_trace", {"trace_id": HUGE}, "an id has 1 to 500"),
     ("search_traces", {"min_latency": "-1s"}, "it must be a duration"), ("query_logs", {"query": "SELECT 1" + " " * 49_993}, "longer than 50000 characters"),
+    ("query_logs", {"query": "SELECT set FROM t"}, "SET could write or lift a limit; leave it out (a column of that name must be quoted)"),
     ("query_logs", {"query": f"SELECT '{HUGE}'"}, "characters"), ("list_teams", {"limit": int("9" * 4000)}, "an integer"),
     *[("log_stats", {"time_from": text}, "not a time") for text in ("2026-02-30", "2024", "20240101", "1M", "2026-01-01T00:00+25:00", -5, "now-")],
     *[("search_logs", {"text": "x"} | {name: HUGE}, "") for name in ("text", "severity", "fields", "time_to", "limit", HUGE)],
+    *[(tool, valid(tool) | {name: value}, f": {name} is ") for tool, name in IDS for value in NO_IDS],
+    *[(tool, valid(tool) | {name: ""}, f": {name} is missing") for tool, name in IDS if tool in IN_PATH],
 ]
-TIMES: dict[object, str] = {
+TIMES: dict[object, str] = {  # and what the service is sent: RFC 3339 in UTC
     "now": "2026-01-02T03:00:00Z", "now-2h": "2026-01-02T01:00:00Z", "NOW - 2h": "2026-01-02T01:00:00Z", "-30m": "2026-01-02T02:30:00Z",
     "2h": "2026-01-02T01:00:00Z", "1d": "2026-01-01T03:00:00Z", "1w": "2025-12-26T03:00:00Z", "1h30m": "2026-01-02T01:30:00Z", "now+1h": "2026-01-02T04:00:00Z",
     "2026-01-01": "2026-01-01T00:00:00Z", "2026-01-01T10:00:00Z": "2026-01-01T10:00:00Z", "2026-01-01T10:00:00": "2026-01-01T10:00:00Z",
@@ -938,6 +848,7 @@ TIMES: dict[object, str] = {
     10**11 - 1: "5138-11-16T09:46:39Z", 10**14: "1973-03-03T09:46:40Z", 10**17: "1973-03-03T09:46:40Z", "1767225600123.5": "2026-01-01T00:00:00.123500Z",
     1767225600123456: "2026-01-01T00:00:00.123456Z", 1767225600123456789: "2026-01-01T00:00:00.123456789Z",
 }
+SLOPPY += [("list_incidents", {"time_from": given}, "time_from", expected) for given, expected in TIMES.items()]
 # fmt: on
 
 
@@ -953,26 +864,6 @@ def test_a_wrong_argument_is_refused_by_name(tool: str, arguments: dict[str, Any
     assert expected in str(caught.value)
     assert str(caught.value).startswith(f"{tool}: ")
     assert len(str(caught.value)) < 400
-
-
-@pytest.mark.parametrize(("given", "expected"), TIMES.items())
-def test_a_time_reaches_the_service_as_rfc_3339_utc(given: object, expected: str) -> None:
-    assert sent(build("list_incidents", time_from=given))["time_from"] == expected
-
-
-IDS = [(row[0], name) for row in GOLDEN for name in row[1] if re.search("_id$|^(metric|label)_name$", name)]
-IDS += [("get_project", "project_id"), ("list_apps", "project_id"), ("search_logs", "project_id")]
-
-
-@pytest.mark.parametrize(("tool", "name"), IDS)
-def test_an_id_that_is_none_is_refused(tool: str, name: str) -> None:
-    build(tool, **valid(tool) | {name: "x"})
-    for value in (".", "..", " ", "a\nb", "a\x00", "a\x7f", "\x85", "x" * 501):
-        with pytest.raises(program.ObtraceError, match=name):
-            build(tool, **valid(tool) | {name: value})
-    if re.search(f"{ENCODED_ID}|env-project|metrics/m/", GOLDEN[GOLDEN_NAMES.index(tool)][2]):
-        with pytest.raises(program.ObtraceError, match=f"{name} is missing"):
-            build(tool, **valid(tool) | {name: ""})
 
 
 # ---------------------------------------------------------------- read-only SQL
@@ -1036,7 +927,7 @@ READING = [
 ]
 NOT_READING = [
     "SELECT arrayMap((file), ['x'])", "SELECT arrayMap(if(1, file, upper), ['x'])", "SELECT arrayFold(file, a, x -> 1)", "SELECT * FROM db.`x.tskv`",
-    "SELECT * FROM t, 'x.rawblob'", "SELECT * FROM '*'", "SELECT * FROM `x.c?v`", "SELECT 1 IN ((SELECT 1) UNION ALL SELECT a FROM t, 'x.csv')",
+    "SELECT * FROM t, 'x.rawblob'", "SELECT * FROM 'data{0}'", "SELECT * FROM t, 'x.c?v'", "SELECT 1 IN ((SELECT 1) UNION ALL SELECT a FROM t, 'x.csv')",
     "SELECT in((1, 'v'), `x.dat`)", "SELECT (1, 'v') IN (`a/b`)", "SELECT * FROM (((TABLE 'x.csv')))",
     "SELECT arrayMap(file, ['x'])", "SELECT mapApply(`file`, m)", "SELECT * FROM t JOIN 'data*'", "SELECT 1 IN 'f.csv'", "INSERT INTO t VALUES (1)",
     "SELECT COLUMNS('x') APPLY(x -> file(x)) FROM t", "insert/**/into t select 1", "SYSTEM SHUTDOWN", "-- nothing", "SELECT 1; DROP TABLE t", "DESC 'a.csv'",
@@ -1054,6 +945,8 @@ NOT_READING = [
 ]
 WRITING = """ALTER ATTACH BACKUP CALL COMMIT COPY CREATE DELETE DETACH DROP EXCHANGE EXECUTE GRANT INFILE INSERT INTO KILL MOVE OPTIMIZE OUTFILE
              PARALLEL RENAME RESTORE REVOKE ROLLBACK SET SETTINGS TRUNCATE UNDROP UPDATE USE""".split()
+READING += [f'SELECT "{word}", `{word.lower()}` FROM t' for word in WRITING]
+NOT_READING += [f"SELECT 1 FROM t {word} x" for word in (*WRITING, *map(str.lower, WRITING))]
 # fmt: on
 
 
@@ -1078,20 +971,12 @@ def test_any_other_query_is_refused(query: str) -> None:
             build(tool, query=query)
 
 
-@pytest.mark.parametrize("word", WRITING)
-def test_a_word_that_writes_is_refused_unless_it_is_quoted(word: str) -> None:
-    for written in (word, word.lower()):
-        build("query_logs", query=f'SELECT "{written}", `{written}` FROM t')
-        with pytest.raises(program.ObtraceError, match=f"{word} .*must be quoted"):
-            build("query_logs", query=f"SELECT 1 FROM t {written} x")
-
-
 # ---------------------------------------------------------------- the write gate
 
 
 @pytest.mark.parametrize("tool", WRITES)
 def test_without_enable_write_a_write_is_refused_and_nothing_is_sent(service: Service, tool: str) -> None:
-    answer, failed = answered(toolbox(service.environ), tool, **valid(tool))
+    answer, failed = asked(toolbox(service.environ), tool, **valid(tool))
     assert failed
     assert re.search(f"{tool} .*--enable-write", answer)
     assert service.requests == []
@@ -1113,14 +998,10 @@ def test_the_client_itself_refuses_what_is_no_declared_read(service: Service) ->
     assert len(service.requests) == 4
 
 
-@pytest.mark.parametrize(
-    ("write", "name", "request_line"),
-    [
-        (False, "create_team", "POST /api/v1/teams"), (False, "delete_team", "DELETE /api/v1/teams"), (True, "list_teams", "GET /api/v1/teams"),
-        (True, "summarize", "POST /api/v1/ai/summarize"), (False, "summarize", "POST /api/v1/ai/autofix"), (False, "autofix", "POST /api/v1/ai/summarize"),
-        (False, "get_team", "GET /api/v1/teams/{team_id}"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("write", "name", "request_line"), [
+    (False, "create_team", "POST /api/v1/teams"), (False, "delete_team", "DELETE /api/v1/teams"), (True, "list_teams", "GET /api/v1/teams"),
+    (True, "summarize", "POST /api/v1/ai/summarize"), (False, "summarize", "POST /api/v1/ai/autofix"), (False, "autofix", "POST /api/v1/ai/summarize"),
+    (False, "get_team", "GET /api/v1/teams/{team_id}")])  # fmt: skip
 def test_a_row_of_the_table_that_contradicts_itself_is_refused(write: bool, name: str, request_line: str) -> None:
     with pytest.raises(TypeError, match=name):
         program.Tool(write, name, request_line, "P", "Do something.")
@@ -1129,23 +1010,9 @@ def test_a_row_of_the_table_that_contradicts_itself_is_refused(write: bool, name
 # ---------------------------------------------------------------- the API client
 
 
-def asked(box: program.Toolbox, tool: str = "list_teams", seconds: float = PATIENCE, key: str = "", /, **given: Any) -> program.Outcome:  # fmt: skip
-    """One of several calls over the same connections, perhaps under a caller's key; see `call`."""
-    with program.deadline(seconds) as running:
-        return box.run(tool, given, running, [("X-Obtrace-API-Key", key)] if key else [])
-
-
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GET is sent again without a wait."""
-    monkeypatch.setattr(program, "RETRY_DELAYS", [0.01] * len(program.RETRY_DELAYS))
-
-
 OK, SHORT = b"HTTP/1.1 200 OK\r\n", raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")
-NO_DATA, HTML = (
-    '{"note":"list_teams succeeded without data.","result":null}',
-    "an HTML page, so from a proxy or gateway: ",
-)
+NO_DATA = '{"note":"list_teams succeeded without data.","result":null}'
+HTML = "an HTML page, so from a proxy or gateway: "
 # fmt: off
 ANSWERS: dict[str, tuple[Reply, str]] = {  # and what the model reads: all of the JSON, or a part of the sentence
     "no content": (reply("", 204), NO_DATA), "empty": (reply(""), NO_DATA), "blank": (reply(" \n"), NO_DATA), "null": (reply("null"), NO_DATA),
@@ -1256,13 +1123,11 @@ def test_the_deadline_covers_the_whole_call(service: Service, drip: str) -> None
 
 def test_the_time_to_connect_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "CONNECT_TIMEOUT", 0.5)
-    with contextlib.ExitStack() as stack:
-        full, *waiting = [stack.enter_context(socket.socket()) for _ in range(9)]
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        for each in waiting:  # nothing accepts them, so the queue is full
-            each.setblocking(False)
-            each.connect_ex(full.getsockname())
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(8):  # nobody accepts them, so there is no room
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}"
         text, failed = asked(toolbox({"OBTRACE_URL": url, "OBTRACE_API_KEY": KEY}))
     assert failed and text.endswith(f"{url[7:]}: no connection within 0.5 s; check the host and port in OBTRACE_URL")
@@ -1305,12 +1170,8 @@ def test_no_cut_and_no_message_shows_a_part_of_the_key_or_exceeds_the_bound_of_a
     assert (failed, len(text), text[-19:]) == (True, 1000, "xxxx... (cut short)")
 
 
-def test_a_caller_s_key_is_removed_beside_the_server_s_own_and_only_few_are_remembered(service: Service) -> None:
-    box, other, keys = toolbox(service.environ), "obt_of_a_caller", program.Keys()
-    service.replies = [reply(json.dumps([other, KEY])), reply(json.dumps([other, KEY])), reply("", 401)]
-    assert asked(box, "list_teams", PATIENCE, other).text == '["[API key removed]","[API key removed]"]'
-    assert asked(box).text == '["obt_of_a_caller","[API key removed]"]'
-    assert "API key in X-Obtrace-API-Key was not accepted" in asked(box, "list_teams", PATIENCE, other).text
+def test_only_few_keys_are_remembered() -> None:
+    keys = program.Keys()
     for number in range(2000):
         keys.add(f"key-number-{number // 2}")
     assert len(keys._known) == program.MAX_KEYS == 4
@@ -1323,7 +1184,7 @@ def test_only_gets_of_one_key_share_a_connection(service: Service, steps: str) -
     for step in steps.split():
         given = {"title": "t", "severity": "low"} if step == "create_incident" else {}
         tool = step if step in box.tools else "list_teams"
-        assert not asked(box, tool, PATIENCE, step if step.startswith("obt_") else "", **given).failed
+        assert not asked(box, tool, step if step.startswith("obt_") else "", **given).failed
     seen = [request.connection for request in service.requests]
     assert ["abc"[list(dict.fromkeys(seen)).index(each)] for each in seen] == list(SHARING[steps])
 
@@ -1337,43 +1198,36 @@ def test_a_stale_connection_costs_a_silent_reconnect(service: Service, monkeypat
 
 
 def test_few_connections_are_kept_and_none_for_long(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "CALLS_AT_ONCE", 2)
+    monkeypatch.setattr(program, "CALLS_AT_ONCE", 3)
     box, meeting = toolbox(service.environ), threading.Barrier(4)
     service.replies = [lambda handler: (meeting.wait(PATIENCE), reply("{}")(handler))[1]]
-    for connections in (4, 6):
-        threads = [threading.Thread(target=asked, args=(box,)) for _ in range(4)]
-        for step in (threading.Thread.start, threading.Thread.join):
-            for thread in threads:
-                step(thread)
+    for connections in (4, 5):
+        with ThreadPoolExecutor(4) as pool:
+            assert [*pool.map(asked, [box] * 4)] == [("{}", False)] * 4
         assert service.connections == connections
     service.replies = [raw(*DRIPS["silent"], pause=0.1), reply("{}")]
-    assert asked(box, "list_teams", 0.3).failed and not asked(box).failed
-    assert service.connections == 7  # the other one that was kept was taken for dead, too
+    with program.deadline(0.3) as running:
+        assert box.run("list_teams", {}, running).failed and not asked(box).failed
+    assert service.connections == 6  # the others that were kept were taken for dead, too
     monkeypatch.setattr(program, "MAX_IDLE", 0.0)
     assert not asked(box).failed
-    assert service.connections == 8
+    assert service.connections == 7
 
 
 def test_what_comes_unasked_is_no_answer_to_what_follows(service: Service) -> None:
-    box, meeting, more = toolbox(service.environ), threading.Barrier(2), OK + b'Content-Length: 9\r\n\r\n["wrong"]'
-    service.replies = [
-        raw(b"HTTP/1.1 103 Early Hints\r\n\r\n", more),
-        lambda handler: (reply("{}")(handler), meeting.wait(PATIENCE), handler.wfile.write(more), meeting.wait(), None)[
-            4
-        ],
-        reply("[1]"),
-    ]
+    box, meeting = toolbox(service.environ), threading.Barrier(2)
+
+    def twice(handler: http.server.BaseHTTPRequestHandler) -> None:
+        for answer in (reply("{}"), reply('["wrong"]')):
+            answer(handler)
+            meeting.wait(PATIENCE)
+
+    service.replies = [raw(b"HTTP/1.1 103 Early Hints\r\n\r\n", OK, b"\r\n{}"), twice, reply("[1]")]
     assert "not valid HTTP" in asked(box).text
     assert asked(box) == ("{}", False)
     for _ in range(2):
         meeting.wait(PATIENCE)
     assert asked(box) == ("[1]", False)
-
-
-def test_a_trace_is_passed_on(service: Service) -> None:
-    for trace in ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", ""):
-        toolbox(service.environ).run("list_teams", {}, program.Call(PATIENCE, trace))
-        assert service.requests[-1].headers.get_all("traceparent", []) == [trace] * bool(trace)
 
 
 # ---------------------------------------------------------------- from an answer to text
@@ -1392,29 +1246,27 @@ def rebuild(value: Any) -> Any:
 
 
 def untabled(value: Any) -> Any:
-    if isinstance(value, list) or isinstance(value, dict) and value.get(SAME) is not None:
-        return [untabled(row) for row in rows_within(value)]
+    if isinstance(value, list):
+        return [untabled(item) for item in value]
     if not isinstance(value, dict):
         return value
-    return {name: untabled(item) for name, item in (value["rows"] if SAME in value else value).items()}
+    if SAME in value and value[SAME] is None:  # an object that looks like a table
+        return {name: untabled(item) for name, item in value["rows"].items()}
+    inner = {name: untabled(item) for name, item in value.items()}
+    return [whole_row(inner, row) for row in inner["rows"]] if SAME in value else inner
 
 
-def rows_within(value: Any) -> list[Any]:
-    """The rows of a list or table; what they hold may still be tables."""
-    if isinstance(value, list):
-        return value
-    numbered = {name: {thing["#"]: thing for thing in rows_within(value["numbered"][name])} for name in value.get("numbered", {})}  # fmt: skip
-    rows = []
-    for row in value["rows"]:
-        if isinstance(row, list):
-            cells, row = row, {}
-            for column, cell in zip(value["columns"], cells, strict=True):
-                *path, last = column if isinstance(column, list) else [column]
-                functools.reduce(lambda inner, name: inner.setdefault(name, {}), path, row)[last] = cell
-        things = {name: numbered[name][row[name]] for name in numbered.keys() & row.keys()}
-        things = {name: {key: thing[key] for key in thing.keys() - {"#"}} for name, thing in things.items()}
-        rows.append(merged(value[SAME], row | things))
-    return rows
+def whole_row(table: dict[str, Any], row: Any) -> dict[str, Any]:
+    """A row with what all share, and with what its numbers stand for."""
+    if isinstance(row, list):
+        cells, row = row, {}
+        for column, cell in zip(table["columns"], cells, strict=True):
+            *path, last = column if isinstance(column, list) else [column]
+            functools.reduce(lambda inner, name: inner.setdefault(name, {}), path, row)[last] = cell
+    for name in table.get("numbered", {}).keys() & row.keys():
+        (thing,) = (thing for thing in table["numbered"][name] if thing["#"] == row[name])
+        row = row | {name: {key: item for key, item in thing.items() if key != "#"}}
+    return merged(table[SAME], row)
 
 
 def merged(shared: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -1616,8 +1468,8 @@ def test_what_is_too_large_is_cut_and_told_with_how_to_go_on(case: str) -> None:
 
 @pytest.mark.parametrize("room", range(40))
 def test_the_budget_is_kept_to_the_character(room: int) -> None:
-    names = ["\u202e" * 9 + "k" * room, "\u202e" * 9, "\u202e" * 8]  # so the note is cut as well
-    assert 900 < len(shown(dict.fromkeys(names, "x" * 9000), 1000)) <= 1000
+    names = ["\u202e" * 9 + "k" * room, '"' * 20, '"' * 40]  # so the note is cut as well
+    assert 900 < len(shown(dict.fromkeys(names, "x" * 9000), 1000, window="2026-01-02 to 2026-01-03")) <= 1000
     whole = shown(["x" * (900 + room)], 1000, "search_logs", limit=1)
     assert len(whole) <= 1000 and whole.startswith('{"note":"As many' if room <= 7 else '{"note":"Cut to')
 
@@ -1655,7 +1507,7 @@ def test_an_answer_is_not_written_on_for_a_call_that_ended(data: str) -> None:
     text, failed = asked(
         program.Toolbox(program.Client(config, False, exchange), program.TOOL_NAMES, program.Audit("", ""))
     )
-    assert failed and text.startswith("list_teams got no result: timed out after 60 s; narrow the time range")
+    assert failed and text.startswith("list_teams got no result: timed out after 30 s; narrow the time range")
 
 
 def test_json_that_is_nested_beyond_reason_is_told_if_it_cannot_be_shown(service: Service) -> None:
@@ -1668,9 +1520,9 @@ def test_json_that_is_nested_beyond_reason_is_told_if_it_cannot_be_shown(service
 def test_a_query_that_names_an_unknown_column_is_told_the_columns(service: Service, case: str) -> None:
     tool, given, replies, end, *described = UNKNOWNS[case]
     service.replies = list(replies)
-    text, failed = asked(toolbox(service.environ), tool, PATIENCE, "obt_of_a_caller", **given)
+    text, failed = asked(toolbox(service.environ), tool, "obt_of_a_caller", **given)
     assert failed and text.endswith(end)
-    queries = [dict(each.query)["query"] for each in service.requests[1:]]
+    queries = [sent(each)["query"] for each in service.requests[1:]]
     assert queries == [f"DESCRIBE TABLE {name}" for name in described]
     assert {each.headers["Authorization"] for each in service.requests} == {"Bearer obt_of_a_caller"}
 
@@ -1678,12 +1530,14 @@ def test_a_query_that_names_an_unknown_column_is_told_the_columns(service: Servi
 # ---------------------------------------------------------------- TLS and proxies
 
 
-child = functools.cache(trustme.CA.create_child_ca)
+@pytest.fixture(scope="module")
+def ca() -> trustme.CA:
+    return trustme.CA(organization_name="Sly\u202eCA")
 
 
 @pytest.fixture(scope="module")
-def ca() -> trustme.CA:
-    return trustme.CA()
+def child(ca: trustme.CA) -> trustme.CA:
+    return ca.create_child_ca()
 
 
 def tls_server(cert: trustme.LeafCert, client_ca: trustme.CA | None = None, **settings: Any) -> ssl.SSLContext:
@@ -1705,7 +1559,7 @@ def pem(directory: Path, name: str, *blobs: trustme.Blob) -> str:
 
 
 @pytest.fixture(scope="module")
-def files(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def files(ca: trustme.CA, child: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the variables of TLS are set to, by name: paths and what is none."""
     from cryptography.hazmat.primitives import serialization as to
 
@@ -1714,9 +1568,9 @@ def files(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     key = to.load_pem_private_key(leaf.private_key_pem.bytes(), None)
     locked = key.private_bytes(to.Encoding.PEM, to.PrivateFormat.PKCS8, to.BestAvailableEncryption(b"c2Vj-right"))
     blobs = {
-        "ca": [ca.cert_pem], "child": [child(ca).cert_pem], "stranger": [stranger.cert_pem], "locked": [trustme.Blob(locked)],
+        "ca": [ca.cert_pem], "child": [child.cert_pem], "stranger": [stranger.cert_pem], "locked": [trustme.Blob(locked)],
         "cert": leaf.cert_chain_pems, "key": [leaf.private_key_pem], "cert2": other.cert_chain_pems, "key2": [other.private_key_pem],
-        "text": [trustme.Blob(b"hello")],
+        "text": [trustme.Blob(b"hello")], "secret": [trustme.Blob(KEY.encode())],
         "damaged": [trustme.Blob(line.replace(" ", "\n").format(kind).encode()) for kind in ("CERTIFICATE", "PRIVATE KEY")],
     }  # fmt: skip
     texts = {"none": str(at / "none"), "at": str(at), "long": "c2Vj" * 500}
@@ -1724,47 +1578,53 @@ def files(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return texts | {name: pem(at, name, *parts) for name, parts in blobs.items()}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def places(ca: trustme.CA, child: trustme.CA, files: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """These, and services on loopback with different TLS settings."""
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    sound = ca.issue_cert("localhost")
+    expired = ca.issue_cert("localhost", not_before=now - 3 * day, not_after=now - 2 * day)
+    contexts = {
+        "plain": tls_server(sound), "below": tls_server(child.issue_cert("localhost")), "another": tls_server(ca.issue_cert("other.test")),
+        "old": tls_server(sound, minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1), "expired": tls_server(expired),
+        "mtls12": tls_server(sound, ca, maximum_version=ssl.TLSVersion.TLSv1_2), "none": None,
+        "mtls13": tls_server(sound, ca, minimum_version=ssl.TLSVersion.TLSv1_3),
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        yield files | {name: stack.enter_context(closing(Service(context))) for name, context in contexts.items()}
+
+
 def tls_environ(files: dict[str, str], given: str) -> dict[str, str]:
     pairs = (pair.split("=") for pair in given.split())
     return {name if name == "SSL_CERT_FILE" else f"OBTRACE_{name}": files.get(value, value) for name, value in pairs}
 
 
-PAST, DAY = datetime.datetime.now(datetime.timezone.utc) - datetime.timedelta(days=2), datetime.timedelta(days=1)
-OLD: dict[str, Any] = {"minimum_version": ssl.TLSVersion.TLSv1, "maximum_version": ssl.TLSVersion.TLSv1_1}
 TLS_FAILED = r"got no answer from [\w.]+:\d+: TLS failed \(({})\); check OBTRACE_URL, OBTRACE_TLS_CA_CERT, OBTRACE_TLS_CLIENT_CERT .* clock$"
 ISSUER = TLS_FAILED.format("unable to get local issuer certificate|self.signed certificate in certificate chain")
-BOTH, NO_CA, NO_PAIR = (
-    "CLIENT_CERT and OBTRACE_TLS_CLIENT_KEY go together",
-    "CA_CERT names no PEM file ",
-    "CLIENT_CERT, .*do not belong together",
-)
+NO_CA, NO_PAIR = "CA_CERT names no PEM file ", "CLIENT_CERT, .*do not belong together"
 CREDENTIALS = "Basic dXNlcjpmYWtlLXBhc3M="  # user:fake-pass
 # fmt: off
-SERVERS: dict[str, Callable[[trustme.CA], ssl.SSLContext | None]] = {
-    "plain": lambda ca: tls_server(ca.issue_cert("localhost")), "child": lambda ca: tls_server(child(ca).issue_cert("localhost")),
-    "another": lambda ca: tls_server(ca.issue_cert("other.test")), "1.1": lambda ca: tls_server(ca.issue_cert("localhost"), **OLD), "none": lambda ca: None,
-    "expired": lambda ca: tls_server(ca.issue_cert("localhost", not_before=PAST - DAY, not_after=PAST)),
-    "mTLS 1.2": lambda ca: tls_server(ca.issue_cert("localhost"), ca, maximum_version=ssl.TLSVersion.TLSv1_2),
-    "mTLS 1.3": lambda ca: tls_server(ca.issue_cert("localhost"), ca, minimum_version=ssl.TLSVersion.TLSv1_3),
-}
 TLS = {
-    "named": ("plain", "TLS_CA_CERT=ca", ""), "intermediate": ("child", "TLS_CA_CERT=child", ""), "system's": ("plain", "SSL_CERT_FILE=ca", ""),
+    "named": ("plain", "TLS_CA_CERT=ca", ""), "intermediate": ("below", "TLS_CA_CERT=child", ""), "system's": ("plain", "SSL_CERT_FILE=ca", ""),
     "stranger": ("plain", "TLS_CA_CERT=stranger", ISSUER), "default": ("plain", "", ISSUER),
     "named alone": ("plain", "TLS_CA_CERT=stranger SSL_CERT_FILE=ca", ISSUER),
     "insecure": ("expired", "URL=https://127.0.0.1 TLS_CA_CERT=stranger TLS_INSECURE=true", ""),
     "address": ("plain", "URL=https://127.0.0.1 TLS_CA_CERT=ca", TLS_FAILED.format("ip address mismatch, certificate is not valid for '127.0.0.1'.")),
     "name": ("another", "TLS_CA_CERT=ca", TLS_FAILED.format("hostname mismatch, certificate is not valid for 'localhost'.")),
     "expired": ("expired", "TLS_CA_CERT=ca", TLS_FAILED.format("certificate has expired")),
-    "TLS 1.1": ("1.1", "TLS_CA_CERT=ca", TLS_FAILED.format("tlsv1 alert protocol version")),
+    "TLS 1.1": ("old", "TLS_CA_CERT=ca", TLS_FAILED.format("tlsv1 alert protocol version")),
     "no TLS": ("none", "TLS_CA_CERT=ca", TLS_FAILED.format("wrong version number|record layer failure|packet length too long")),
-} | {f"{version} {name}": (version, f"TLS_CA_CERT=ca {given}", said) for version in ("mTLS 1.2", "mTLS 1.3") for name, given, said in (
+} | {f"{version} {name}": (version, f"TLS_CA_CERT=ca {given}", said) for version in ("mtls12", "mtls13") for name, given, said in (
     ("with its certificate", "TLS_CLIENT_CERT=cert TLS_CLIENT_KEY=key", ""), ("without", "", "OBTRACE_TLS_CLIENT_CERT"),
     ("with its locked key", "TLS_CLIENT_CERT=cert TLS_CLIENT_KEY=locked TLS_CLIENT_KEY_PASSWORD=c2Vj-right", ""),
     ("with another", "TLS_CLIENT_CERT=cert2 TLS_CLIENT_KEY=key2", "OBTRACE_TLS_CLIENT_CERT"),
 )}
 MISFITS = {
     "TLS_CA_CERT=none": r"CA_CERT cannot be read \(No such file", "TLS_CA_CERT=at": r"CA_CERT cannot be read \(not a regular file\)",
-    "TLS_CA_CERT=text": NO_CA, "TLS_CA_CERT=key": NO_CA, "TLS_CA_CERT=damaged": NO_CA, "TLS_CLIENT_CERT=cert": BOTH, "TLS_CLIENT_KEY=key": BOTH,
+    "TLS_CA_CERT=text": NO_CA, "TLS_CA_CERT=key": NO_CA, "TLS_CA_CERT=damaged": NO_CA,
     "TLS_CLIENT_CERT=none TLS_CLIENT_KEY=key": r"CLIENT_CERT cannot be read \(No such file",
     "TLS_CLIENT_CERT=cert TLS_CLIENT_KEY=none": r"CLIENT_KEY cannot be read \(No such file",
     "TLS_CLIENT_CERT=cert TLS_CLIENT_KEY=line": "CLIENT_KEY ", "TLS_CLIENT_CERT=cert TLS_CLIENT_KEY=lines": "CLIENT_KEY ",
@@ -1792,15 +1652,14 @@ NO_PROXIES = {  # and the hosts that are reached without the proxy, and through 
 # fmt: on
 
 
-@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 @pytest.mark.parametrize("case", TLS)
-def test_tls_verifies_both_sides(ca: trustme.CA, files: dict[str, str], monkeypatch: pytest.MonkeyPatch, case: str) -> None:  # fmt: skip
+def test_tls_verifies_both_sides(places: dict[str, Any], monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     server, given, said = TLS[case]
-    environ = tls_environ(files, given)
-    monkeypatch.setenv("SSL_CERT_FILE", environ.get("SSL_CERT_FILE", files["stranger"]))
-    with closing(Service(SERVERS[server](ca))) as service:
-        url = f"{environ.get('OBTRACE_URL', 'https://localhost')}:{service.port}"
-        text, failed = call(service, "list_teams", environ | {"OBTRACE_URL": url})
+    service, environ = places[server], tls_environ(places, given)
+    service.requests.clear()
+    monkeypatch.setenv("SSL_CERT_FILE", environ.get("SSL_CERT_FILE", places["stranger"]))
+    url = f"{environ.get('OBTRACE_URL', 'https://localhost')}:{service.port}"
+    text, failed = call(service, "list_teams", environ | {"OBTRACE_URL": url})
     assert re.search(said or r'^\{"ok":true\}$', text)
     assert (failed, len(service.requests)) == (bool(said), not said)
 
@@ -1820,7 +1679,7 @@ def test_without_a_ca_file_the_system_s_store_and_certifi_s_both_count(files: di
     monkeypatch.setenv("SSL_CERT_DIR", files["at"])
     context = program.tls_context(program.Config.from_env({"OBTRACE_URL": "https://x", "OBTRACE_API_KEY": KEY}))
     trusted = [str(cert["subject"]) for cert in context.get_ca_certs()]
-    assert len([subject for subject in trusted if "trustme" in subject]) == 1 and len(trusted) > 100
+    assert len([subject for subject in trusted if "Sly" in subject]) == 1 and len(trusted) > 100
     assert context.minimum_version == ssl.TLSVersion.TLSv1_2
 
 
@@ -1905,14 +1764,8 @@ sys.exit(obtrace_mcp.main())
 class Adjusted(Process):
     """The program as an installed command runs it, after the code in FIRST, and with the limits in LIMITS."""
 
-    meta: Any = None  # what every request carries
-
     def command(self, arguments: Sequence[str]) -> list[str]:
         return [sys.executable, "-c", ADJUSTED, *arguments]
-
-    def send(self, method: str, **params: Any) -> int:
-        meta = (self.meta or {}) | params.pop("_meta", {})
-        return super().send(method, **params, **({"_meta": meta} if meta else {}))
 
 
 @pytest.fixture(scope="module", params=ERAS)
@@ -1939,15 +1792,14 @@ def test_calls_run_at_once_and_a_list_waits_for_none_of_them(stdio: Adjusted, se
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n["], ids=["waiting", "reading"])
 def test_a_cancelled_call_leaves_the_service_unanswered(stdio: Adjusted, service: Service, head: bytes) -> None:
-    begun, left = threading.Event(), threading.Event()
-    silent = until_left(begun, left)
-    service.replies = [lambda handler: handler.wfile.write(head) >= 0 and silent(handler) or None, reply('["\\ud800"]')]
+    silent = Silence(head)
+    service.replies = [silent, reply('["\\ud800"]')]
     number = stdio.start("list_teams")
-    assert begun.wait(PATIENCE)
+    assert silent.begun.wait(PATIENCE)
     time.sleep(0.2 if head else 0)  # until the head was read
     for odd in (*json.loads('[{}, [], null, true, 1.5, "no such"]'), number):
         stdio.tell("notifications/cancelled", requestId=odd)
-    assert left.wait(PATIENCE / 2)
+    assert silent.left.wait(PATIENCE / 2)
     assert stdio.call("list_teams") == ('["\\ud800"]', False)  # a lone surrogate, which UTF-8 cannot say
     assert number not in stdio.answers
 
@@ -1979,25 +1831,25 @@ def test_a_turn_lasts_until_its_thread_is_done(service: Service, monkeypatch: py
 
 @pytest.mark.parametrize("case", ["answered", "unanswered", "unread", "gone", "SIGINT", "SIGTERM"])
 def test_it_ends_silently_with_its_input_or_client_or_by_a_signal(service: Service, case: str) -> None:
-    begun = threading.Event()
+    silent = Silence()
     late = raw(b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n", b'{"late":1}', pause=0.1)
     replies = {"answered": late, "unread": reply(json.dumps("x" * 2**20)), "gone": reply("{}")}
-    service.replies = [replies.get(case, until_left(begun, threading.Event()))]
+    service.replies = [replies.get(case, silent)]
     limits = {"LIMITS": f"DRAIN = {0.1 if case.startswith('un') else 1000}", "OBTRACE_MAX_RESULT_CHARS": "2000000"}
     with closing(Adjusted(**service.environ, **limits)) as process:
-        running: Any = process.process
+        running = process.process
         process.start("list_teams")
         if case == "gone":  # with its input still open
             running.stdout.close()
             process.start("list_teams")
         elif case.startswith("SIG"):
-            assert begun.wait(PATIENCE)
+            assert silent.begun.wait(PATIENCE)
             running.send_signal(signal.Signals[case])
         else:
             running.stdin.close()
         if case == "answered":
             assert process.next()["result"]["content"][0]["text"] == '{"late":1}'
-        assert process.wait_only() == {"gone": 1, "SIGINT": 130, "SIGTERM": 143}.get(case, 0)
+        assert running.wait(PATIENCE) == {"gone": 1, "SIGINT": 130, "SIGTERM": 143}.get(case, 0)
         assert running.stderr.read() == b""
         running.stdin = running.stdout = None
 
@@ -2036,8 +1888,7 @@ def test_a_client_may_probe_with_discover_before_either_era(probes: list[Any]) -
             assert "2026-07-28" in probe["result"]["supportedVersions"] if process.meta else "error" in probe
         process.meta = probes[-1]
         if not process.meta:
-            hello = {"protocolVersion": ERAS[0], "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
-            assert process.ask("initialize", **hello)["result"]["protocolVersion"] == ERAS[0]
+            assert process.ask("initialize", **HELLO)["result"]["protocolVersion"] == ERAS[0]
             process.tell("notifications/initialized")
         page = process.ask("tools/list")["result"]
         assert (len(page["tools"]), "nextCursor" in page) == (41, False)
@@ -2046,12 +1897,13 @@ def test_a_client_may_probe_with_discover_before_either_era(probes: list[Any]) -
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_a_person_in_a_terminal_is_told_what_it_waits_for() -> None:
+def test_a_person_in_a_terminal_is_told_what_it_waits_for_though_the_service_is_down() -> None:
+    environ = FINE | {"OBTRACE_URL": "http://127.0.0.1:1"}
     terminal = "import pty; ends = pty.openpty(); os.dup2(ends[1], 0)"
-    with closing(Adjusted("--demo", handshake=False, FIRST=terminal)) as process:
-        running: Any = process.process
-        assert re.search(rb"serves 41 tools of \S+ on standard input; Ctrl-C ends it", running.stderr.readline())
-        running.send_signal(signal.SIGINT)
+    with closing(Adjusted(handshake=False, FIRST=terminal, **environ)) as process:
+        told = process.process.stderr.readline()
+        assert b" serves 41 tools of 127.0.0.1:1 on standard input; Ctrl-C ends it\n" in told
+        process.process.send_signal(signal.SIGINT)
         assert process.end() == (130, "")
 
 
@@ -2082,7 +1934,6 @@ class Web(Adjusted):
 
     def __init__(self, *arguments: str, transport: str = "streamable-http", port: Any = 0, **environ: str) -> None:
         super().__init__("--transport", transport, "--addr", f":{port}", *arguments, handshake=False, **environ)
-        assert self.process.stderr
         self.told = ""
         while not (match := re.search(r" at ((http://127.0.0.1:(\d+))/\w+);", self.told)):
             line = self.process.stderr.readline().decode()
@@ -2113,7 +1964,7 @@ class Web(Adjusted):
 
     def end_by(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
-        assert self.wait() == (0, "")
+        assert self.end() == (0, "")
 
 
 @pytest.fixture(scope="module")
@@ -2216,6 +2067,9 @@ def test_a_token_file_is_read_again_for_each_request(tmp_path: Path) -> None:
     for token, refused in ((TOKEN, None), (f"{TOKEN}2", 401), ("", 503), (KEY, 503), (f"{TOKEN}\n", None)):
         file.write_text(token)
         assert (door.refuse("/sse", given) or [None])[0] == refused
+    file.write_text(KEY)
+    with pytest.raises(program.ConfigError, match="OBTRACE_MCP_TOKEN is the API key"):
+        door.token()
 
 
 def test_it_listens_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2250,14 +2104,10 @@ def test_the_scope_is_the_caller_s_or_the_server_s(servers: Any, service: Servic
     assert failed == (not service.requests) == isinstance(expected, str)
 
 
-def test_keys_stay_out_of_texts_and_off_each_other_s_connections(servers: Any, service: Service) -> None:
+def test_keys_stay_out_of_texts(servers: Any, service: Service) -> None:
     assert servers("guarded").tool([WITH_TOKEN]) == (SOUND, False)
     assert TOKEN not in str(service.requests.pop().headers)
     keyed = servers("keyed")
-    for key in (KEY, "key-of-ann", "key-of-bob") * 3:
-        keyed.tool([("X-Obtrace-API-Key", key)])
-    carried = {(request.connection, request.headers["Authorization"]) for request in service.requests}
-    assert len(carried) == service.connections <= 4  # one may be left of an earlier test, and too old now
     service.replies = [reply(json.dumps({"error": f"no such key: key-of-ann, nor {KEY}"}), 401)]
     text, _ = keyed.tool([ANN])
     assert '"no such key: [API key removed], nor [API key removed]"; the API key in X-Obtrace-API-Key was not' in text
@@ -2268,8 +2118,6 @@ def test_keys_stay_out_of_texts_and_off_each_other_s_connections(servers: Any, s
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_60_clients_at_once_get_each_its_own_answer(servers: Any, service: Service, transport: str) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     together, url = threading.Barrier(2), servers("keyless", transport).url
 
     def echo(handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -2298,17 +2146,17 @@ def test_a_client_goes_on_after_the_server_was_restarted(service: Service) -> No
 
 @pytest.mark.parametrize("route", [*ERAS, "sse"])
 def test_a_caller_that_hangs_up_ends_its_call_upstream(servers: Any, service: Service, route: str) -> None:
-    begun, left = threading.Event(), threading.Event()
-    service.replies = [until_left(begun, left)]
+    silent = Silence()
+    service.replies = [silent]
     web: Any = closing(http.client.HTTPConnection("127.0.0.1", servers("keyed").port))
     with servers("keyed", "sse").stream() if route == "sse" else web as caller:
         if route == "sse":
             assert caller[0](message()[0]) == 202
         else:
             caller.request("POST", "/mcp", *message(route))
-        assert begun.wait(PATIENCE)
-        assert not left.is_set()
-    assert left.wait(PATIENCE / 2)
+        assert silent.begun.wait(PATIENCE)
+        assert not silent.left.is_set()
+    assert silent.left.wait(PATIENCE / 2)
 
 
 def test_streams_are_bounded(servers: Any) -> None:
@@ -2343,14 +2191,14 @@ def test_a_late_request_is_cut_off(servers: Any, service: Service, sent: bytes, 
 @pytest.mark.parametrize(("transport", "modes"), [("streamable-http", CLIENT_MODES), ("sse", CLIENT_MODES), ("sse", ())])  # fmt: skip
 def test_a_signal_ends_it(service: Service, transport: str, number: signal.Signals, modes: Sequence[str]) -> None:
     together = threading.Barrier(len(modes) + 1)
-    silent = until_left(threading.Event(), threading.Event())
-    service.replies = [lambda handler: together.wait(PATIENCE) >= 0 and silent(handler) or None]
+    silent = Silence()
+    service.replies = [lambda handler: silent(handler) if together.wait(PATIENCE) >= 0 else None]
 
     def call(mode: str) -> None:
         with suppress(BaseException):  # whatever a client makes of a server that leaves
             anyio.run(over_http, server.url, mode)
 
-    with closing(Web(transport=transport, **service.environ)) as server:
+    with closing(Web(transport=transport, OBTRACE_TIMEOUT="300", **service.environ)) as server:
         for mode in modes:
             threading.Thread(target=call, args=(mode,), daemon=True).start()
         together.wait(PATIENCE)
@@ -2374,7 +2222,7 @@ def test_a_signal_lets_a_running_call_finish(service: Service, era: str) -> None
         time.sleep(0.5)  # in which the SDK would cut the answer off
         go.set()
         assert outcomes.get(timeout=PATIENCE) == ("{}", False)
-        assert server.wait() == (0, "")
+        assert server.end() == (0, "")
 
 
 # ---------------------------------------------------------------- prompts
@@ -2382,7 +2230,6 @@ def test_a_signal_lets_a_running_call_finish(service: Service, era: str) -> None
 FILLED = {
     "investigate_incident": {"incident_id": "inc-1"}, "triage_service": {"service": "checkout"}, "health_report": {"window": "6H"},
     "explain_trace": {"trace_id": "t-1"}}  # fmt: skip
-STEP = re.compile(r"^\d+\. (\w+): ", re.MULTILINE)
 
 
 def test_the_sdk_s_client_lists_and_gets_every_prompt(servers: Any) -> None:
@@ -2411,32 +2258,13 @@ def test_a_prompt_needs_its_tools_and_names_no_others(enabled: str, expected: li
     tools = toolbox({}, "--demo", "--enabled-tools", enabled).tools
     fitting = {prompt.name: prompt.text(FILLED[prompt.name], tools) for prompt in program.PROMPTS if prompt.fits(tools)}
     assert list(fitting) == expected
-    assert all(set() < set(STEP.findall(text)) <= tools.keys() for text in fitting.values())
+    assert all(
+        set() < set(re.findall(r"^\d+\. (\w+): ", text, re.MULTILINE)) <= tools.keys() for text in fitting.values()
+    )
     assert not any(program.TOOL_NAMES[step].write for prompt in program.PROMPTS for step in prompt.steps)
 
 
 # ---------------------------------------------------------------- the doctor
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Ports of TLS services that want a client's certificate, and the files to reach them."""
-    directory, sly = tmp_path_factory.mktemp("tls"), trustme.CA(organization_name="Sly\u202eCA")
-    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
-    pair, sound = sly.issue_cert("client@corp.test"), sly.issue_cert("localhost")
-    expired = sly.issue_cert("localhost", not_before=now - 3 * day, not_after=now - 2 * day)
-    for name, blob in (("ca", sly.cert_pem), ("cert", pair.cert_chain_pems[0]), ("key", pair.private_key_pem)):
-        blob.write_to_path(str(directory / name))
-    (directory / "secret").write_text(KEY)
-    with contextlib.ExitStack() as stack:
-        ports = {}
-        for name, certificate in (("tls", sound), ("expired", expired)):
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            certificate.configure_cert(context)
-            sly.configure_trust(context)
-            context.verify_mode = ssl.CERT_REQUIRED
-            ports[name] = stack.enter_context(closing(Service(context))).port
-        yield {path.name: str(path) for path in directory.iterdir()} | ports
 
 
 def dated(hours: float) -> Reply:
@@ -2447,7 +2275,7 @@ def dated(hours: float) -> Reply:
 # fmt: off
 DOCTOR = ["settings", "url", "proxy", "files", "name", "connection", "key", "scope", "clock", "served"]
 NONE, ANY, DRIP = reply(""), reply("{}"), raw(b"HTTP/1.1 200 OK\r\n", *[b"X-A: b\r\n"] * 20, pause=0.1)
-BY_TLS = {"URL": "https://localhost:{tls}", "TLS_CA_CERT": "{ca}", "TLS_CLIENT_CERT": "{cert}", "TLS_CLIENT_KEY": "{key}"}
+BY_TLS = {"URL": "https://localhost:{mtls13.port}", "TLS_CA_CERT": "{ca}", "TLS_CLIENT_CERT": "{cert}", "TLS_CLIENT_KEY": "{key}"}
 BY_PROXY = {"URL": "http://obtrace.test", "TLS_INSECURE": "true", "HTTP_PROXY": "http://127.0.0.1:{port}"}
 BIND, SHARED, SSE = {"MCP_TOKEN": TOKEN}, {"API_KEY": "", "MCP_TOKEN": TOKEN}, "--transport=sse --addr="
 CHECKS: list[tuple[str, str, dict[str, str], Reply, str]] = [  # a step, in capitals if it fails; flags, environment, answer; what is said
@@ -2471,7 +2299,7 @@ CHECKS: list[tuple[str, str, dict[str, str], Reply, str]] = [  # a step, in capi
     ("NAME", "", {"URL": "https://a..b"}, NONE, "the host name in OBTRACE_URL cannot"), ("CONNECTION", "", {"TIMEOUT": "0.5"}, DRIP, "timed out after 0.5 s"),
     ("CONNECTION", "", {"URL": "https://localhost:{port}"}, NONE, "TLS failed"), ("CONNECTION", "", {"URL": "http://127.0.0.1:1"}, NONE, "was refused"),
     ("CONNECTION", "", BY_TLS | {"TLS_CA_CERT": "{cert}"}, NONE, r"TLS failed \(.*\); check OBTRACE_URL, OBTRACE_TLS_CA_CERT"),
-    ("CONNECTION", "", BY_TLS | {"URL": "https://localhost:{expired}"}, NONE, r"TLS failed \(certificate has expired\)"),
+    ("CONNECTION", "", BY_TLS | {"URL": "https://localhost:{expired.port}"}, NONE, r"TLS failed \(certificate has expired\)"),
     ("KEY", "", {}, reply("", 404), "what answers is not the Obtrace API; check host, port and path"), ("KEY", "", {}, NONE, "without data; check OBTRACE_URL"),
     ("KEY", "", {}, reply("<title>Welcome</title>"), "that is not JSON: .*Welcome"),
     ("KEY", "", {}, reply(f'{{"error":"{KEY}"}}', 401), "the API key in OBTRACE_API_KEY was not accepted; its owner must check it"),
@@ -2578,13 +2406,13 @@ def test_each_call_adds_a_line_to_the_audit_log_that_holds_no_argument(tmp_path:
 
 
 def test_a_cancelled_call_and_one_from_the_shell_are_in_the_audit_log(tmp_path: Path, service: Service) -> None:
-    log, begun, left = tmp_path / "log", threading.Event(), threading.Event()
-    service.replies = [until_left(begun, left), reply("{}")]
+    log, silence = tmp_path / "log", Silence()
+    service.replies = [silence, reply("{}")]
     with closing(Adjusted(**service.environ, OBTRACE_AUDIT_LOG=str(log))) as process:
         number = process.start("list_teams")
-        assert begun.wait(PATIENCE)
+        assert silence.begun.wait(PATIENCE)
         process.tell("notifications/cancelled", requestId=number)
-        assert left.wait(PATIENCE)
+        assert silence.left.wait(PATIENCE)
         process.end()
     ended = run("--call", "list_teams", **service.environ, OBTRACE_AUDIT_LOG="stderr")
     (tmp_path / "shell").write_text(ended.stderr)
@@ -2633,8 +2461,8 @@ def test_an_audit_log_that_cannot_be_written_fails_no_call_and_is_told_once(tmp_
         assert process.end() == (0, expected)
     log.unlink()
     for path in (folder / "none" / "log", folder):
-        said = refused(FINE | {"OBTRACE_AUDIT_LOG": str(path)})
-        assert re.search("OBTRACE_AUDIT_LOG cannot be written .*absolute path, or stderr", said)
+        with pytest.raises(program.ConfigError, match=r"OBTRACE_AUDIT_LOG cannot be written .*absolute path, or stderr"):
+            program.Audit(str(path), "stdio")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX pipes")
@@ -2691,7 +2519,7 @@ def test_call_takes_a_repeated_name_as_a_list_and_prints_utf_8(service: Service)
     odd = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     ended = run("--call", "search_logs", "text=a=b", "severity=ERROR", "severity=WARN", **service.environ, **odd)
     assert (ended.stdout.endswith('{"a":"日本"}}\n'), ended.stderr) == (True, "")
-    assert {("text", "a=b"), ("severity", "ERROR"), ("severity", "WARN")} <= set(service.requests[0].query)
+    assert sent(service.requests[0]).items() >= {"text": "a=b", "severity": ["ERROR", "WARN"]}.items()
 
 
 @pytest.mark.parametrize(("missing", "status"), [("mcp/__init__", 2), ("mcp_types", 2), ("certifi", 0)])
