@@ -5,12 +5,13 @@
 # ///
 """Tests of obtrace_mcp.py with real parts: its process over real pipes, HTTP and TLS on loopback, the SDK's client.
 
-Run them with pytest, or run this file; with --bench it prints the benchmark instead.
+Run them with pytest, or run this file. With --bench it prints the benchmark instead; with --soak MINUTES it watches
+the program under calls of all kinds.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import collections
 import contextlib
 import datetime
 import functools
@@ -21,6 +22,7 @@ import http.server
 import json
 import os
 import queue
+import random
 import re
 import shlex
 import signal
@@ -246,6 +248,9 @@ class Process:
             self.command(arguments),
             env=clean_environ(**environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
+        self.alarm = threading.Timer(10 * PATIENCE, self.process.kill)
+        self.alarm.daemon = True
+        self.alarm.start()
         self.last_id = 0
         self.answers: dict[Any, dict[str, Any]] = {}
         if handshake:
@@ -300,6 +305,7 @@ class Process:
         return self.process.returncode, errors.decode()
 
     def close(self) -> None:
+        self.alarm.cancel()
         self.process.kill()
         self.process.communicate()
 
@@ -1665,7 +1671,7 @@ def test_tls_verifies_both_sides(places: dict[str, Any], monkeypatch: pytest.Mon
 
 
 def test_a_call_can_be_ended_while_it_shakes_hands() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, concurrent.futures.ThreadPoolExecutor() as pool:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         url, running = f"https://127.0.0.1:{server.getsockname()[1]}", program.Call(PATIENCE)
         outcome = pool.submit(toolbox({"OBTRACE_URL": url, "OBTRACE_API_KEY": KEY}).run, "list_teams", {}, running)
         with server.accept()[0] as peer:
@@ -1751,8 +1757,7 @@ CLIENT_MODES = ("legacy", "2026-07-28")  # modes of the SDK's client
 SOUND = '{"ok":true}'
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 ADJUSTED = f"""
-import faulthandler, os, sys
-faulthandler.dump_traceback_later({10 * PATIENCE}, exit=True)
+import os, sys
 exec(os.environ.pop("FIRST", ""))
 sys.path.insert(0, {str(HERE)!r})
 import obtrace_mcp
@@ -2461,7 +2466,9 @@ def test_an_audit_log_that_cannot_be_written_fails_no_call_and_is_told_once(tmp_
         assert process.end() == (0, expected)
     log.unlink()
     for path in (folder / "none" / "log", folder):
-        with pytest.raises(program.ConfigError, match=r"OBTRACE_AUDIT_LOG cannot be written .*absolute path, or stderr"):
+        with pytest.raises(
+            program.ConfigError, match=r"OBTRACE_AUDIT_LOG cannot be written .*absolute path, or stderr"
+        ):
             program.Audit(str(path), "stdio")
 
 
@@ -2742,8 +2749,218 @@ def bench() -> None:
         row("`tools/list`, 41 tools", f"{size:,} characters")
 
 
+RATE = 50  # calls per second
+CALLERS = 40  # keys in turn over HTTP; over stdio there is a new key each second
+TIMED_OUT = r"(GET \S+/NONCE got no answer from \S+|get_project got no result): timed out"
+# Of 500 calls how many are of a kind, through which tool, and what the result says. NONCE names the call, and SEEN is
+# what the service saw: the nonce, and the key's last letters, since the key itself would be removed.
+MIX = {
+    "fast": (331, "get_project", r'\{"seen":"SEEN"\}$'),
+    "slow": (75, "summarize", r'\{"note":"Searched [^"]+","result":\{"seen":"SEEN"\}\}$'),
+    "large": (3, "list_apps", r'\{"note":"Cut to the first [^"\\]+\\"logs\\".{,900}","result":\{"seen":"SEEN","logs":'),
+    "error": (15, "get_project", r"GET \S+/NONCE answered 500 .*SEEN.*; the service failed"),
+    "broken": (15, "get_project", r"GET \S+/NONCE answered 200 .*is not JSON.*SEEN"),
+    "cut": (15, "get_project", r"GET \S+/NONCE got no answer .*the connection broke"),
+    "dripping": (5, "get_project", TIMED_OUT),
+    "oversized": (1, "get_project", "the answer is larger than 16 MiB"),
+    "cancelled": (25, "get_project", TIMED_OUT),  # if at all
+    "wrong": (10, "list_apps", 'list_apps: limit is "NONCE"'),
+    "invalid": (5, "", r'\{"code": -32700'),
+}
+SCHEDULE = random.Random(1).sample([*MIX], k=500, counts=[count for count, *_ in MIX.values()])  # the same in each run
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n"
+
+
+def kind_of(number: int) -> str:
+    return SCHEDULE[number % len(SCHEDULE)]
+
+
+def early_and_late(values: Sequence[float], percent: int = 50) -> list[float]:
+    """The percentile of the second fifth and of the last; the first fills caches and pools."""
+    fifth = len(values) // 5
+    parts = sorted(values[fifth : 2 * fifth + 1]), sorted(values[4 * fifth :])
+    return [part[len(part) * percent // 100] if part else float("nan") for part in parts]
+
+
+class Soak:
+    """The program under calls of mixed kinds over one transport, and what is found of it."""
+
+    def __init__(self, transport: str, directory: Path) -> None:
+        self.logs, self.oversized = json.dumps(telemetry_rows("logs", 12, 330)), reply(bytes(17 * 2**20))
+        self.open: dict[int, float] = {}  # the calls that are not answered, and since when
+        self.cancelled: dict[int, float] = {}  # those that need no answer
+        self.away: list[tuple[float, float]] = []  # when the service is restarted
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.fast: list[float] = []  # milliseconds of these calls
+        self.levels: list[tuple[float, ...]] = []  # MiB of memory, threads, open files
+        self.wrong: list[str] = []
+        self.made, self.rate = 0, 0.0
+        self.lock, self.pool, self.key_file = threading.Lock(), ThreadPoolExecutor(64), directory / "key"
+        self.rotate(0)
+        self.service = Service()
+        self.service.replies = [self.reply]
+        environ = self.service.environ | {"OBTRACE_API_KEY": "", "OBTRACE_TIMEOUT": "8"}
+        self.web = Web(**environ, OBTRACE_MCP_TOKEN=TOKEN) if transport != "stdio" else None
+        self.server = self.web or Process(**environ, OBTRACE_API_KEY_FILE=str(self.key_file))
+        self.server.alarm.cancel()
+
+    def rotate(self, number: int) -> None:
+        self.newest_key = number  # before a call can see it
+        new = self.key_file.with_suffix(".new")
+        new.write_text(f"obt_soak_{number:06}")
+        new.replace(self.key_file)
+
+    def restart(self) -> None:
+        """Let the service be away for a moment."""
+        begun, old = time.perf_counter(), self.service.server
+        self.away.append((begun, float("inf")))
+        self.service.close()
+        time.sleep(0.3)
+        self.service.server = type(old)(("127.0.0.1", self.service.port), old.RequestHandlerClass)
+        threading.Thread(target=self.service.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.away[-1] = begun, time.perf_counter()
+
+    def reply(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        """The project in the header is the nonce, which tells the service what to do."""
+        self.service.requests.clear()
+        nonce = handler.headers["X-Obtrace-Project-ID"]
+        kind, number = nonce.split("-")
+        time.sleep(0.1 + int(number) % 20 / 10 if kind == "slow" else 0)
+        seen = f'"seen":"{nonce} {handler.headers["Authorization"][-6:]}"'
+        text = f'{{{seen},"logs":{self.logs}}}' if kind == "large" else f"{{{seen}}}"
+        unusual: dict[str, Reply] = {
+            "error": reply(text, 500), "broken": reply(text[:-1]), "cut": raw(HEAD), "cancelled": Silence(),
+            "dripping": raw(HEAD, *[b" "] * 20, pause=0.5), "oversized": self.oversized,
+        }  # fmt: skip
+        unusual.get(kind, reply(text))(handler)
+
+    def send(self, number: int) -> None:
+        kind, nonce = kind_of(number), f"{kind_of(number)}-{number}"
+        given = {"project_id": nonce} | ({"limit": nonce} if kind == "wrong" else {})
+        body, headers = message(ERAS[number % 2 if self.web else 0], MIX[kind][1], **given)
+        body = b"{" if kind == "invalid" else body.replace(b'"id": 1', b'"id": %d' % number)
+        (self.cancelled if kind == "cancelled" else self.open)[number] = time.perf_counter()
+        self.made += 1
+        if self.web:
+            self.pool.submit(self.post, self.web.port, number, body, headers)
+        else:
+            self.server.line(body)
+            if kind_of(number - 5) == "cancelled":
+                self.server.tell("notifications/cancelled", requestId=number - 5)
+
+    def post(self, port: int, number: int, body: bytes, headers: dict[str, str]) -> None:
+        """One call over HTTP, which is hung up early if it is to be cancelled."""
+        own = {"X-Obtrace-API-Key": f"obt_soak_{number % CALLERS:06}", "Authorization": f"Bearer {TOKEN}"}
+        patience = 0.1 if kind_of(number) == "cancelled" else PATIENCE
+        web = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
+        with closing(web), suppress(OSError, http.client.HTTPException):  # the call then stays open
+            web.request("POST", "/mcp", body, headers | own)
+            for line in re.findall(r"(?m)^(?:data: )?(\{.*)", web.getresponse().read().decode()):
+                self.check(json.loads(line), number, [number % CALLERS])
+
+    def read(self) -> None:
+        """All answers over stdio. A line that is no request is answered without an id."""
+        for line in self.server.process.stdout or ():
+            answer = json.loads(line)
+            invalid = (number for number in [*self.open] if kind_of(number) == "invalid")
+            number = next(invalid, 0) if answer["id"] is None else answer["id"]
+            self.check(answer, number, range(number // RATE, self.newest_key + 1))
+
+    def check(self, answer: Any, number: int, keys: Sequence[int]) -> None:
+        """The answer must be the call's only one, and the service must have seen one of the keys."""
+        kind, now = kind_of(number), time.perf_counter()
+        nonce, result = f"{kind}-{number}", answer.get("result", {"isError": True})
+        text = result["content"][0]["text"] if "content" in result else json.dumps(answer["error"])
+        seen = f"{nonce} ({'|'.join(f'{key:06}' for key in keys)})"
+        expected = re.match(MIX[kind][2].replace("NONCE", nonce).replace("SEEN", seen), text)
+        outcome = "failed" if result["isError"] else "answered"
+        own_failure = result["isError"] and (nonce in text or kind == "slow" or " got no result: " in text)
+        with self.lock:
+            begun = self.open.pop(number, None) or self.cancelled.pop(number, None)
+            away = any(begun and begun < end and start < now for start, end in self.away)
+            if begun is None or answer["id"] not in (number, None):
+                self.wrong.append(f"call {number} ({kind}) was answered again, or with another's id: {text[:300]}")
+            elif expected and (outcome == "answered") == (kind in ("fast", "slow", "large")):
+                self.counts[outcome] += 1
+                self.fast += [1000 * (now - begun)] if kind == "fast" else []
+            elif own_failure and away and re.search("the connection (was refused|broke)", text):
+                self.counts["failed"] += 1
+            elif own_failure and "timed out after" in text:
+                self.counts["late"] += 1  # this machine may be busy
+            else:
+                self.wrong.append(f"call {number} ({kind}) was answered with {text[:300]}")
+
+    def run(self, calls: int) -> None:
+        """Make the calls, each in its time, and end the program."""
+        if not self.web:
+            threading.Thread(target=self.read, daemon=True).start()
+        begun = time.perf_counter()
+        with suppress(OSError, ValueError):  # the program has left
+            for number in range(2, calls):  # the handshake has had the id 1
+                time.sleep(max(0.0, begun + number / RATE - time.perf_counter()))
+                if number % RATE == 0:
+                    self.rotate(number // RATE)
+                    self.measure(Path(f"/proc/{self.server.process.pid}"))
+                if number % (15 * RATE) == 7 * RATE:
+                    threading.Thread(target=self.restart, daemon=True).start()
+                if number - 30 * RATE in self.open:
+                    self.wrong.append(f"call {number - 30 * RATE} had no answer within 30 s, so no more were made")
+                    break
+                self.send(number)
+        self.rate = self.made / (time.perf_counter() - begun)
+        patience = time.perf_counter() + PATIENCE / 2
+        while self.open and time.perf_counter() < patience:
+            time.sleep(0.1)
+        self.wrong += [f"call {number} ({kind_of(number)}) was not answered" for number in [*self.open]]
+        if self.web:
+            self.web.process.send_signal(signal.SIGTERM)
+        if (ended := self.server.end()) != (0, ""):
+            self.wrong.append(f"the program ended with {ended}")
+
+    def measure(self, process: Path) -> None:
+        memory, threads = re.findall(r"(?m)^(?:VmRSS|Threads):\s+(\d+)", (process / "status").read_text())
+        self.levels.append((int(memory) / 1024, int(threads), len(os.listdir(process / "fd"))))
+
+    def row(self) -> str:
+        """A row of the table; what grew is added to what is wrong."""
+        levels = [early_and_late(values) for values in zip(*self.levels, strict=True)]
+        for what, most, (early, late) in zip(("MiB", "threads", "files"), (1.2, 1, 1), levels, strict=True):
+            if late > most * early + 10:
+                self.wrong.append(f"{early:.0f} {what} grew to {late:.0f}")
+        if self.counts["late"] > self.made / 100:
+            self.wrong.append("more than 1 % of the calls timed out that should not")
+        levels += [early_and_late(self.fast, percent) for percent in (50, 99)]
+        slower = ", slower" if any(late > 2 * early for early, late in levels[3:]) else ""
+        verdict = (f"{len(self.wrong)} wrong" if self.wrong else "good") + slower
+        cells = [self.made, f"{self.rate:.1f}", *(self.counts[each] for each in ("answered", "failed", "late"))]
+        cells += [len(self.cancelled), *(f"{round(early, 1)} to {round(late, 1)}" for early, late in levels), verdict]
+        return " | ".join(map(str, cells))
+
+
+def soak(minutes: str) -> str | None:
+    """Print a table of so many minutes over stdio, and then as many over HTTP; what is wrong is returned."""
+    if not re.fullmatch("[1-9]|[1-5][0-9]|60", minutes) or not os.path.exists("/proc/self/fd"):
+        return "--soak takes the minutes for each transport, 1 to 60, and needs Linux"
+    print("| transport | calls | per second | answered | failed as intended | late | cancelled", end=" ")
+    print("| memory, MiB | threads | files | fast calls, ms | 99 %, ms | verdict |\n", "|---" * 13, "|", sep="")
+    wrong = []
+    for transport in "stdio", "streamable-http":
+        with tempfile.TemporaryDirectory() as directory:
+            run = Soak(transport, Path(directory))
+            alarm = threading.Timer(60 * int(minutes) + PATIENCE, run.server.process.kill)
+            alarm.start()
+            with closing(run.service), closing(run.server):
+                run.run(60 * RATE * int(minutes))
+            alarm.cancel()
+            print(f"| {transport} | {run.row()} |", flush=True)
+            wrong += run.wrong
+    return "\n".join(wrong[:20]) or None
+
+
 if __name__ == "__main__":
     if "--bench" in sys.argv:
         bench()
+    elif "--soak" in sys.argv:
+        raise SystemExit(soak(sys.argv[-1]))
     else:
         raise SystemExit(subprocess.call([sys.executable, "-m", "pytest", __file__, *sys.argv[1:]]))
