@@ -1936,6 +1936,7 @@ class Toolbox:
 
     def run(self, name: str, given: Mapping[str, Any], call: Call, headers: Iterable[tuple[str, str]] = ()) -> Outcome:
         """Make the call, under the key in its HTTP request's headers if there is one. Never raises."""
+        call.begin()
         client = self.client
         try:
             client = client.for_caller(headers)
@@ -2037,8 +2038,7 @@ class Handlers:
 
     def __init__(self, toolbox: Toolbox) -> None:
         self.toolbox = toolbox
-        self.turns = anyio.Semaphore(CALLS_AT_ONCE, fast_acquire=True)
-        self.pool = concurrent.futures.ThreadPoolExecutor(CALLS_AT_ONCE)
+        self.pool = concurrent.futures.ThreadPoolExecutor(CALLS_AT_ONCE)  # further calls wait in its queue
         self.offered = {prompt.name: prompt for prompt in PROMPTS if prompt.fits(toolbox.tools)}
         fresh = {"ttlMs": 3_600_000, "cacheScope": "private"}  # the lists never change while the process lives
         tools, prompts = ([row.listing() for row in rows.values()] for rows in (toolbox.tools, self.offered))
@@ -2064,63 +2064,42 @@ class Handlers:
         return types.GetPromptResult(description=prompt.description, messages=[message])
 
     async def call_tool(self, context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
-        """One call, once it has a turn."""
+        """One call, which is added to the audit log."""
         if params.name not in TOOL_NAMES:
             self.toolbox.audit.add(outcome="unknown tool")
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool{nearest(params.name, self.toolbox.tools)}")
-        headers = context.request.headers.items() if context.request else ()  # none over stdio
-        meta = context.meta or {}
-        trace = str(meta.get("traceparent", ""))
+        trace = str((context.meta or {}).get("traceparent", ""))
         call = Call(self.toolbox.client.config.timeout, trace if TRACEPARENT.fullmatch(trace) else "")
-        if "progress_token" in meta:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._report_progress, context)
-                outcome = await self._run(params.name, params.arguments or {}, call, headers)
-                tasks.cancel_scope.cancel()
-        else:
-            outcome = await self._run(params.name, params.arguments or {}, call, headers)
+        outcome = None
+        try:
+            outcome = await self._run(context, params.name, params.arguments or {}, call)
+        finally:
+            self.toolbox.audit.add_call(params.name, call, outcome)
         content: list[Any] = [types.TextContent(type="text", text=outcome.text)]
         return types.CallToolResult(content=content, is_error=outcome.failed)
 
-    async def _run(self, name: str, given: Mapping[str, Any], call: Call, headers: Any) -> Outcome:
-        """Run the call once it has a turn, and add it to the audit log."""
-        outcome = None
+    async def _run(self, context: Any, name: str, given: Mapping[str, Any], call: Call) -> Outcome:
+        """Run the call in a thread, once one is free. It may connect longer than its call lasts."""
+        headers = context.request.headers.items() if context.request else ()  # none over stdio
+        call.deadline = math.inf  # until a thread begins
         try:
-            await self.turns.acquire()
-            outcome = await self._in_thread(name, given, call, headers)
-            return outcome
-        finally:
-            self.toolbox.audit.add_call(name, call, outcome)
-
-    async def _in_thread(self, name: str, given: Mapping[str, Any], call: Call, headers: Any) -> Outcome:
-        """Run the call in a thread. Its turn ends with the thread, which may connect longer than its call lasts."""
-        loop = asyncio.get_running_loop()
-        call.begin()
-        try:
-            future = self.pool.submit(self.toolbox.run, name, given, call, headers)
+            loop = asyncio.get_running_loop()
+            future = loop.run_in_executor(self.pool, self.toolbox.run, name, given, call, headers)
         except RuntimeError:  # the pool may still run it later; it will find that the call has ended
             call.end()
-            self.turns.release()
             return Outcome(f"{name} failed: this machine lets no further thread start; try again later", failed=True)
+        begun = time.monotonic()
         try:
-            with anyio.fail_after(call.seconds):
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
+            while (left := call.deadline - time.monotonic()) > 0:
+                await asyncio.wait([future], timeout=min(left, call.seconds, PROGRESS_EVERY))
+                if future.done():
+                    return future.result()
+                seconds = round(time.monotonic() - begun)
+                await context.session.report_progress(seconds, message=f"waiting for Obtrace for {seconds} s")
             return Outcome(f"{name} got no result: {cause_of(TimeoutError(), call.seconds, '')}", failed=True)
         finally:
             call.end()
-            if future.done():
-                self.turns.release()
-            else:
-                future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.turns.release))
-
-    @staticmethod
-    async def _report_progress(context: Any) -> None:
-        begun = anyio.current_time()
-        while True:
-            await anyio.sleep(PROGRESS_EVERY)
-            seconds = round(anyio.current_time() - begun)
-            await context.session.report_progress(seconds, message=f"waiting for Obtrace for {seconds} s")
+            future.cancel()  # it has no effect once a thread runs it
 
 
 def leave(status: int) -> NoReturn:
