@@ -76,6 +76,8 @@ if TYPE_CHECKING:
     from starlette.responses import PlainTextResponse
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    Routes = dict[str, tuple[str, ASGIApp]]  # the methods and the application of each path
+
 __version__ = "1.3.0"
 
 
@@ -2111,69 +2113,58 @@ def leave(status: int) -> NoReturn:
         os._exit(status)
 
 
-def run_stdio(server: Server[Any]) -> NoReturn:
-    """Serve one client on standard input and output until it leaves, or a signal comes."""
-
-    async def leave_on_signal() -> None:
-        # a plain handler would miss a signal that lands just before the loop sleeps; Windows has nothing better
-        with contextlib.suppress(NotImplementedError), anyio.open_signal_receiver(*SIGNALS) as signals:
-            async for number in signals:
-                leave(128 + number)
-
-    async def serve() -> None:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(leave_on_signal)
-            try:
-                await serve_stdio(server)
-            except Exception as error:  # a group of them, most likely because the client has closed the pipe
-                if "BrokenPipeError" not in repr(error):
-                    tell(f"serving ended with {error!r}")
-                leave(1)
-            leave(0)
-
-    anyio.run(serve)
-    raise AssertionError("serve() leaves the process")
-
-
-async def serve_stdio(server: Server[Any]) -> None:
-    """Run the server over the SDK's stdio transport, with what that lacks.
+async def serve_stdio(server: Server[Any]) -> NoReturn:
+    """Serve one client on standard input and output until it leaves, or a signal comes.
 
     The SDK lets a client's first request decide for one protocol era, so that after a probe with `server/discover`
     it refuses `initialize` (copilot-cli#4525). Here each leading probe gets a run of its own.
     """
     from mcp.server.stdio import stdio_server
 
-    async with stdio_server() as (incoming, outgoing):
-        wire = Wire(outgoing)
-        messages = wire.messages(incoming)
-        async for item in messages:
-            probes = not isinstance(item.message, types.JSONRPCRequest) or item.message.method == "server/discover"
-            lines: Any = wire.lines(item, None if probes else messages)
-            await server.run(lines, wire, server.create_initialization_options())
-        await outgoing.aclose()
+    for number in SIGNALS:  # a plain handler would miss a signal that lands just before the loop sleeps
+        with contextlib.suppress(NotImplementedError):  # Windows has nothing better
+            asyncio.get_running_loop().add_signal_handler(number, leave, 128 + number)
+    try:
+        async with stdio_server() as (incoming, outgoing):
+            wire = Wire(incoming, outgoing)
+            while not wire.ended:
+                messages: Any = wire.messages()
+                await server.run(messages, wire, server.create_initialization_options())
+            await outgoing.aclose()
+    except Exception as error:  # a group of them, most likely because the client has closed the pipe
+        if "BrokenPipeError" not in repr(error):
+            tell(f"serving ended with {error!r}")
+        leave(1)
+    leave(0)
 
 
 class Wire:
-    """The client's messages and, to the SDK, the stream that answers are written to."""
+    """The client's messages, and to the SDK the stream that answers are written to."""
 
-    def __init__(self, outgoing: Any) -> None:
-        self.outgoing = outgoing
+    def __init__(self, incoming: Any, outgoing: Any) -> None:
+        self.incoming, self.outgoing = incoming, outgoing
         self.waiting: set[str] = set()  # ids as text: the SDK takes 7 and "7" for the same
+        self.probing, self.ended = True, False
 
-    async def messages(self, incoming: Any) -> AsyncIterator[SessionMessage]:
-        """The client's messages. A line that is none is answered; after the end, answers have DRAIN seconds."""
+    async def messages(self) -> AsyncIterator[SessionMessage]:
+        """What one run of the SDK reads: a leading probe, or all messages until the end."""
         try:
-            async for item in incoming:
+            async for item in self.incoming:
                 if isinstance(item, Exception):
                     await self.outgoing.send(SessionMessage(not_json_rpc(item)))
                     continue
                 if isinstance(item.message, types.JSONRPCRequest):
                     self.waiting.add(str(item.message.id))
+                    self.probing = self.probing and item.message.method == "server/discover"
                 elif getattr(item.message, "method", "") == "notifications/cancelled":
                     self.waiting.discard(str((item.message.params or {}).get("requestId")))
                 yield item
+                if self.probing:
+                    await self.answered()
+                    return
         except anyio.get_cancelled_exc_class():  # a write failed; the SDK would wait for the next line first
             leave(1)
+        self.ended = True
         asyncio.get_running_loop().call_later(DRAIN + 0.5, leave, 0)  # a client may not read its answers
         with anyio.move_on_after(DRAIN):
             await self.answered()
@@ -2182,17 +2173,6 @@ class Wire:
         """Wait until every request is answered."""
         while self.waiting:
             await anyio.sleep(0.01)
-
-    async def lines(
-        self, first: SessionMessage, rest: AsyncIterator[SessionMessage] | None
-    ) -> AsyncIterator[SessionMessage]:
-        """What one run of the SDK reads: a message and those that follow it, or the time to answer it."""
-        yield first
-        if rest is None:
-            await self.answered()
-        else:
-            async for item in rest:
-                yield item
 
     async def send(self, item: SessionMessage) -> None:
         """Write an answer or a notification."""
@@ -2224,7 +2204,7 @@ class Door:
         self.hosts = {*LOOPBACK_HOSTS, *parse_hosts(allowed_hosts)}
         self.config = config
         self.audit = audit
-        self.routes: dict[str, ASGIApp] = {}
+        self.routes: Routes = {}
 
     def token(self) -> str:
         """The bearer token as it is now, if there is one; raises ConfigError if it is not usable."""
@@ -2238,18 +2218,23 @@ class Door:
         from starlette.datastructures import Headers
 
         path = scope["path"].rstrip("/")
+        nothing = PlainTextResponse(f"nothing is here; MCP is at {next(iter(self.routes))}\n", 404)
+        methods, app = self.routes.get(path, (scope["method"], nothing))
         refused = self.refuse(path, Headers(scope=scope))
-        app = None if refused else self.routes.get(path)
-        status, said = refused or (404, f"nothing is here; MCP is at {next(iter(self.routes))}")
-        challenge = {"WWW-Authenticate": 'Bearer realm="mcp-obtrace"'} if status == 401 else None
+        if not refused and scope["method"] not in methods.split(", "):
+            refused = 405, f"use {methods}"
+        if refused:
+            status, said = refused
+            own = {401: {"WWW-Authenticate": 'Bearer realm="mcp-obtrace"'}, 405: {"Allow": methods}}
+            app = PlainTextResponse(f"{said}\n", status, own.get(status))
 
         async def watch(message: Any) -> None:
             if message.get("status", 0) >= 400:
-                why = http.client.responses.get(message["status"], "") if app else said
+                why = refused[1] if refused else http.client.responses.get(message["status"], "")
                 self.audit.add(outcome="refused", status=message["status"], reason=why)
             await send(message)
 
-        await (app or PlainTextResponse(f"{said}\n", status, challenge))(scope, receive, watch)
+        await app(scope, receive, watch)
 
     def refuse(self, path: str, headers: Headers) -> tuple[int, str] | None:
         """The status and sentence that a request is refused with; None if it is allowed."""
@@ -2323,9 +2308,10 @@ def listen(addr: str, token: str) -> list[socket.socket]:
     return sockets
 
 
-def run_http(server: Server[Any], transport: str, door: Door, sockets: list[socket.socket]) -> NoReturn:
+async def serve_http(server: Server[Any], transport: str, door: Door, sockets: list[socket.socket]) -> NoReturn:
     """Serve many clients over HTTP until a signal comes."""
     import uvicorn
+    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
     from sse_starlette.sse import AppStatus
 
     AppStatus.enable_automatic_graceful_drain = False  # it would cut answers off at once when a signal comes
@@ -2334,48 +2320,28 @@ def run_http(server: Server[Any], transport: str, door: Door, sockets: list[sock
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-    async def serve() -> None:
-        async with (sse_routes if transport == "sse" else streamable_routes)(server) as routes:
-            door.routes = routes | {"/healthz": PlainTextResponse("ok\n")}
-            config = uvicorn.Config(
-                door, http=patient_protocol(), ws="none", loop="asyncio", lifespan="off", log_config=None,
-                access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=GRACE,
-            )  # fmt: skip
-            await uvicorn.Server(config).serve(sockets)
-        leave(1)
-
-    anyio.run(serve)
-    raise AssertionError("serve() leaves the process")
-
-
-@contextlib.asynccontextmanager
-async def streamable_routes(server: Server[Any]) -> AsyncIterator[dict[str, ASGIApp]]:
-    """`/mcp` for both eras of the protocol, without sessions: each POST stands alone."""
-    from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
-
+    # both eras of the protocol without sessions: each POST stands alone, and a GET would open an empty stream
     manager = StreamableHTTPSessionManager(server, stateless=True, max_request_body_size=MAX_REQUEST)
-    use_post = PlainTextResponse("use POST\n", 405, {"Allow": "POST"})  # a GET would open a stream that carries nothing
-
-    async def exchange(scope: Scope, receive: Receive, send: Send) -> None:
-        await (manager.handle_request if scope["method"] == "POST" else use_post)(scope, receive, send)
-
+    streamable: Routes = {PATHS["streamable-http"]: ("POST", manager.handle_request)}
+    door.routes = sse_routes(server) if transport == "sse" else streamable
+    door.routes["/healthz"] = ("GET, HEAD", PlainTextResponse("ok\n"))
+    config = uvicorn.Config(
+        door, http=patient_protocol(), ws="none", loop="asyncio", lifespan="off", log_config=None,
+        access_log=False, proxy_headers=False, server_header=False, timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
     async with manager.run():
-        yield {PATHS["streamable-http"]: exchange}
+        await uvicorn.Server(config).serve(sockets)
+    leave(1)
 
 
-@contextlib.asynccontextmanager
-async def sse_routes(server: Server[Any]) -> AsyncIterator[dict[str, ASGIApp]]:
+def sse_routes(server: Server[Any]) -> Routes:
     """`/sse`, and the route that its clients post to."""
     from mcp.server.sse import SseServerTransport
-    from mcp.server.transport_security import RequestBodyLimitMiddleware
 
     transport = SseServerTransport("/messages", max_request_body_size=MAX_REQUEST)
     streams: set[int] = set()
 
     async def stream(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] != "GET":
-            return await PlainTextResponse("use GET\n", 405, {"Allow": "GET"})(scope, receive, send)
         if len(streams) >= MAX_STREAMS:
             return await PlainTextResponse("there are too many streams\n", 503)(scope, receive, send)
         streams.add(id(scope))
@@ -2385,7 +2351,7 @@ async def sse_routes(server: Server[Any]) -> AsyncIterator[dict[str, ASGIApp]]:
         finally:
             streams.discard(id(scope))
 
-    yield {PATHS["sse"]: RequestBodyLimitMiddleware(stream, MAX_REQUEST), "/messages": transport.handle_post_message}
+    return {PATHS["sse"]: ("GET", stream), "/messages": ("POST", transport.handle_post_message)}
 
 
 def patient_protocol() -> type[asyncio.Protocol]:
@@ -2902,11 +2868,11 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     gc.set_threshold(50_000, 20, 20)  # an answer is many objects without a cycle; looking for one halves its speed
     if door:
         announce(options.transport, sockets[0], config, len(tools))
-        run_http(server, options.transport, door, sockets)
+        return anyio.run(serve_http, server, options.transport, door, sockets)
     if sys.stdin.isatty():
         host = urllib.parse.urlsplit(config.url).netloc  # a path could hold anything
         tell(f"{__version__} serves {len(tools)} tools of {host} on standard input; Ctrl-C ends it")
-    run_stdio(server)
+    return anyio.run(serve_stdio, server)
 
 
 def announce(transport: str, listening: socket.socket, config: Config, tools: int) -> None:

@@ -2045,7 +2045,7 @@ STATUSES: list[tuple[str, str, Any, bytes, int]] = [
     *[("streamable-http", f"{method} /mcp", [WITH_TOKEN], b"", 405) for method in ("DELETE", "OPTIONS")], ("sse", "POST /sse", [WITH_TOKEN], b"", 405),
     *[("streamable-http", path, [WITH_TOKEN], b"", 404) for path in ("GET /nothing", "GET /sse")], ("sse", "GET /nothing", [], b"", 401),
     ("sse", "GET /healthz", [("Host", "10.0.0.1:9")], b"", 200), ("sse", "GET /healthz", [("Origin", "http://evil.test")], b"", 403),
-    *[(kind, f"POST {path}", headers, b"x" * 1_048_577, status) for path, kind in ROUTES.items() for headers, status in (([], 401), ([WITH_TOKEN], 413))],
+    *[(kind, f"POST {path}", headers, b"x" * 1_048_577, status) for path, kind in ROUTES.items() for headers, status in (([], 401), ([WITH_TOKEN], 405 if path == "/sse" else 413))],
     *[("streamable-http", "POST /mcp", [WITH_TOKEN, *TYPES.items()], body, 400) for body in NO_JSON_RPC],
     *[("streamable-http", "POST /mcp/", [WITH_TOKEN, *TYPES.items(), ("MCP-Protocol-Version", ERAS[1])], body, 400) for body in NO_JSON_RPC],
     *[("sse", f"POST /messages?session_id={number}", [WITH_TOKEN, *TYPES.items()], b"{}", status) for number, status in (("1", 400), ("a" * 32, 404))]]
