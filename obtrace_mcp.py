@@ -1846,6 +1846,7 @@ MAX_ARRIVAL = 10.0  # seconds until an HTTP request must be there as a whole
 MAX_STREAMS = 1000  # of the SSE transport
 GRACE = 1  # seconds that calls over HTTP have to finish after a signal
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+HOST = r"((\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?)"  # as a Host header writes it, and within it without the port
 PATHS = {"streamable-http": "/mcp", "sse": "/sse"}
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, 3.2
 # How a service says that a column or table is not there, in ClickHouse's words.
@@ -2201,10 +2202,15 @@ class Door:
     """The checks that every HTTP request passes before a route sees it."""
 
     def __init__(self, allowed_hosts: str, config: Config, audit: Audit) -> None:
-        self.hosts = {*LOOPBACK_HOSTS, *parse_hosts(allowed_hosts)}
-        self.config = config
-        self.audit = audit
+        self.config, self.audit = config, audit
         self.routes: Routes = {}
+        self.hosts = {*LOOPBACK_HOSTS}
+        for host in allowed_hosts.lower().replace(",", " ").split():
+            with contextlib.suppress(ValueError):
+                host = f"[{ipaddress.IPv6Address(host)}]"
+            if not re.fullmatch(HOST, host, re.ASCII):
+                raise ConfigError("--allowed-hosts holds what is no host name or address, with or without a port")
+            self.hosts.add(re.sub(r":(80|443)$", "", host))  # which clients leave out
 
     def token(self) -> str:
         """The bearer token as it is now, if there is one; raises ConfigError if it is not usable."""
@@ -2251,9 +2257,10 @@ class Door:
             token = self.token()
         except ConfigError:
             return 503, "this server cannot use its own token; its operator must check OBTRACE_MCP_TOKEN_FILE"
-        given = headers.getlist("authorization")
-        if token and not is_bearer(given, token):
-            expanded = "; the client did not expand its ${...}" if "${" in "".join(given) else ""
+        credentials = ", ".join(headers.getlist("authorization"))  # of two headers no token comes out
+        scheme, _, given = credentials.partition(" ")
+        if token and not (scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())):
+            expanded = "; the client did not expand its ${...}" if "${" in credentials else ""
             return 401, f"this server wants Authorization: Bearer and its token (OBTRACE_MCP_TOKEN){expanded}"
         if token and any(value.strip() == token for name in CALLER_HEADERS for value in headers.getlist(name)):
             return 400, f"this server's token is not for Obtrace; leave it out of {', '.join(CALLER_HEADERS)}"
@@ -2261,26 +2268,8 @@ class Door:
 
     def _is_ours(self, value: str, scheme: str = "") -> bool:
         """Whether a Host or an Origin names this server, with any port unless one was configured."""
-        match = re.fullmatch(rf"{scheme}((\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?)", value[:300].lower(), re.ASCII)
+        match = re.fullmatch(scheme + HOST, value[:300].lower(), re.ASCII)
         return match is not None and not self.hosts.isdisjoint(match.group(1, 2))
-
-
-def is_bearer(credentials: Sequence[str], token: str) -> bool:
-    """Whether the one Authorization header holds the token, compared in constant time."""
-    scheme, _, given = credentials[0].partition(" ") if len(credentials) == 1 else ("", "", "")
-    return hmac.compare_digest(given.strip().encode(), token.encode()) and scheme.lower() == "bearer"
-
-
-def parse_hosts(value: str) -> list[str]:
-    """The names of --allowed-hosts as a Host header writes them; raises ConfigError."""
-    hosts = []
-    for host in value.lower().replace(",", " ").split():
-        with contextlib.suppress(ValueError):
-            host = f"[{ipaddress.IPv6Address(host)}]"
-        hosts.append(re.sub(r":(80|443)$", "", host))  # which clients leave out
-        if not re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", hosts[-1], re.ASCII):
-            raise ConfigError("--allowed-hosts holds what is no host name or address, with or without a port")
-    return hosts
 
 
 def listen(addr: str, token: str) -> list[socket.socket]:
@@ -2827,9 +2816,7 @@ def configure(options: argparse.Namespace, environ: Mapping[str, str]) -> tuple[
     """The configuration, and the sample service if --demo asks for it; raises ConfigError."""
     if not options.demo:
         return Config.from_env(environ, needs_key=options.transport == "stdio" or bool(options.call)), None
-    kept = {
-        name: value for name, value in environ.items() if re.match("OBTRACE_(TIMEOUT|MAX_|MCP_TOKEN|AUDIT_LOG)", name)
-    }
+    kept = {name: environ[name] for name in environ if re.match("OBTRACE_(TIMEOUT|MAX_|MCP_TOKEN|AUDIT_LOG)", name)}
     own = {"OBTRACE_URL": "https://sample.invalid", "OBTRACE_API_KEY": "obt_demo", "OBTRACE_PROJECT_ID": DEMO_PROJECT}
     return Config.from_env(kept | own), Demo().exchange
 
@@ -2866,27 +2853,27 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     gc.freeze()
     gc.enable()
     gc.set_threshold(50_000, 20, 20)  # an answer is many objects without a cycle; looking for one halves its speed
+    if door or sys.stdin.isatty():
+        announce(config, len(tools), options.transport, sockets)
     if door:
-        announce(options.transport, sockets[0], config, len(tools))
         return anyio.run(serve_http, server, options.transport, door, sockets)
-    if sys.stdin.isatty():
-        host = urllib.parse.urlsplit(config.url).netloc  # a path could hold anything
-        tell(f"{__version__} serves {len(tools)} tools of {host} on standard input; Ctrl-C ends it")
     return anyio.run(serve_stdio, server)
 
 
-def announce(transport: str, listening: socket.socket, config: Config, tools: int) -> None:
+def announce(config: Config, tools: int, transport: str, sockets: Sequence[socket.socket]) -> None:
     """Tell the operator what is served, and where."""
-    host, port = listening.getsockname()[:2]
-    if transport == "sse":
-        tell("the transport sse is deprecated; prefer streamable-http")
-    if not config.api_key.is_set:
-        tell(f"OBTRACE_API_KEY is not set; each caller has to send a key in {CALLER_HEADERS[0]}")
-    if not is_loopback(host):
-        tell("requests are answered under the names localhost, 127.0.0.1, [::1] and those of --allowed-hosts")
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}{PATHS[transport]}"
-    service = urllib.parse.urlsplit(config.url).netloc
-    tell(f"{__version__} serves {tools} tools of {service} at {where}; Ctrl-C ends it")
+    where = "on standard input"
+    if sockets:
+        host, port = sockets[0].getsockname()[:2]
+        where = f"at http://{f'[{host}]' if ':' in host else host}:{port}{PATHS[transport]}"
+        if transport == "sse":
+            tell("the transport sse is deprecated; prefer streamable-http")
+        if not config.api_key.is_set:
+            tell(f"OBTRACE_API_KEY is not set; each caller has to send a key in {CALLER_HEADERS[0]}")
+        if not is_loopback(host):
+            tell("requests are answered under the names localhost, 127.0.0.1, [::1] and those of --allowed-hosts")
+    service = urllib.parse.urlsplit(config.url).netloc  # a path could hold anything
+    tell(f"{__version__} serves {tools} tools of {service} {where}; Ctrl-C ends it")
 
 
 @contextlib.contextmanager
