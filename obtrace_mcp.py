@@ -1996,7 +1996,7 @@ class Toolbox:
 
 def import_sdk() -> None:
     """Import what only a server needs, so that all else answers without it; raises ConfigError if it is not there."""
-    global MCPError, PlainTextResponse, Server, SessionMessage, anyio, asyncio, types
+    global Headers, MCPError, PlainTextResponse, Server, SessionMessage, anyio, asyncio, types
     try:
         import pydantic
 
@@ -2009,6 +2009,7 @@ def import_sdk() -> None:
         from mcp import MCPError
         from mcp.server.lowlevel import Server
         from mcp.shared.message import SessionMessage
+        from starlette.datastructures import Headers
         from starlette.responses import PlainTextResponse
     except ImportError as error:
         install = "install it with: pip install 'mcp>=2.3,<3' certifi"
@@ -2221,8 +2222,6 @@ class Door:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the route, or with the reason why not."""
-        from starlette.datastructures import Headers
-
         path = scope["path"].rstrip("/")
         nothing = PlainTextResponse(f"nothing is here; MCP is at {next(iter(self.routes))}\n", 404)
         methods, app = self.routes.get(path, (scope["method"], nothing))
@@ -2361,12 +2360,11 @@ def patient_protocol() -> type[asyncio.Protocol]:
 
         def watch(self) -> None:
             waits = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-            if self.patience and not waits:  # the request is there
-                self.patience.cancel()
-            if not waits:
-                self.patience = None
-            elif self.patience is None:
+            if waits and self.patience is None:
                 self.patience = self.loop.call_later(MAX_ARRIVAL, self.transport.abort)
+            elif self.patience and not waits:  # the request is there
+                self.patience.cancel()
+                self.patience = None
 
     return Protocol
 

@@ -1821,7 +1821,7 @@ def test_a_turn_lasts_until_its_thread_is_done(service: Service, monkeypatch: py
                     await anyio.sleep(0.1)
                 tasks.cancel_scope.cancel()
             handlers.toolbox = toolbox(service.environ)
-            await anyio.sleep(0.5)
+            await anyio.sleep(0.2)
             assert handlers.pool._idle_semaphore._value < 16  # a thread that still connects is none
             assert {said(await one()) for _ in range(33)} == {(SOUND, False)}
             assert len(handlers.pool._threads) == 32
@@ -1834,6 +1834,21 @@ def test_a_turn_lasts_until_its_thread_is_done(service: Service, monkeypatch: py
     sdk, context = vars(program)["types"], type("Context", (), {"request": None, "meta": None})
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:  # nobody accepts, so there is soon no room
         anyio.run(work, full.getsockname()[1])
+
+
+def test_the_time_of_a_call_begins_with_its_turn(service: Service) -> None:
+    late = raw(b"", b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", pause=1.1)
+    service.replies = [late]
+    with closing(Adjusted(**service.environ, OBTRACE_TIMEOUT="2", LIMITS="CALLS_AT_ONCE = 1")) as process:
+        numbers = [process.start("list_teams") for _ in range(2)]
+        assert [process.answer(number)["result"]["content"][0]["text"] for number in numbers] == ["{}"] * 2
+
+
+def test_a_call_ends_in_time_though_its_thread_does_not(service: Service) -> None:
+    stuck = "import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(60)"
+    with closing(Adjusted(**service.environ, OBTRACE_TIMEOUT="0.5", FIRST=stuck)) as process:
+        text, failed = process.call("list_teams")
+    assert failed and text.startswith("list_teams got no result: timed out after 0.5 s; ")
 
 
 @pytest.mark.parametrize("case", ["answered", "unanswered", "unread", "gone", "SIGINT", "SIGTERM"])
