@@ -2083,9 +2083,9 @@ class Handlers:
         return types.CallToolResult(content=content, is_error=outcome.failed)
 
     async def _run(self, context: Any, name: str, given: Mapping[str, Any], call: Call) -> Outcome:
-        """Run the call in a thread, once one is free. It may connect longer than its call lasts."""
+        """Run the call once a thread is free. The thread may look up a name or connect longer than the call lasts."""
         headers = context.request.headers.items() if context.request else ()  # none over stdio
-        call.deadline = math.inf  # until a thread begins
+        call.deadline = math.inf  # until a thread begins; a wait of at most call.seconds does not miss it
         try:
             loop = asyncio.get_running_loop()
             future = loop.run_in_executor(self.pool, self.toolbox.run, name, given, call, headers)
