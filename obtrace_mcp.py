@@ -1297,18 +1297,19 @@ def read_body(response: http.client.HTTPResponse, call: Call) -> str:
     if encoding not in ("identity", "gzip", "x-gzip"):
         raise ValueError("it has an unsupported Content-Encoding")
     inflate = zlib.decompressobj(wbits=31) if encoding != "identity" else None
-    body, received = bytearray(), 0
-    buffer = memoryview(bytearray(65536))
+    chunks, size, received = [], 0, 0  # one bytearray would leave each thread's heap as large as the largest body
+    buffer = bytearray(65536)
     while count := response.readinto(buffer):  # read(n) is unbounded for a negative chunk size
         call.remaining()
-        chunk = buffer[:count]
+        chunk = bytes(buffer[:count])
         received += count
-        body += inflate.decompress(chunk, MAX_BODY + 1 - len(body)) if inflate else chunk
-        if max(len(body), received) > MAX_BODY:
+        chunks.append(inflate.decompress(chunk, MAX_BODY + 1 - size) if inflate else chunk)
+        size += len(chunks[-1])
+        if max(size, received) > MAX_BODY:
             raise ObtraceError(f"the answer is larger than {MAX_BODY >> 20} MiB; {FEWER}")
     if response.length or (inflate and received and not inflate.eof):
         raise http.client.IncompleteRead(b"")
-    return body.decode("utf-8", "replace").removeprefix("\ufeff")
+    return b"".join(chunks).decode("utf-8", "replace").removeprefix("\ufeff")
 
 
 class Client:
@@ -2357,6 +2358,11 @@ def patient_protocol() -> type[asyncio.Protocol]:
         def handle_events(self) -> None:
             super().handle_events()
             self.watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.patience:
+                self.patience.cancel()  # it holds what the connection held
 
         def watch(self) -> None:
             waits = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
