@@ -59,10 +59,10 @@ import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, get_type_hints
 
 if TYPE_CHECKING:
     import asyncio
@@ -169,7 +169,6 @@ COMPLAINTS: list[tuple[str, str, str]] = [
     ("characters", r"^(?!\d{0,8}$)", "is not a whole number of characters such as 50000"),
     ("span", r"^(?!([1-9]\d{0,3}[smhdw])?$)", "is not a span of time such as 24h or 30d (s, m, h, d, w)"),
 ]  # fmt: skip
-TRUE = ("true", "1", "yes")
 RANGES = {"seconds": (0.001, 3600.0), "characters": (1000, MAX_BODY)}
 
 
@@ -196,90 +195,64 @@ def read_file(name: str, path: str) -> str:
         raise ConfigError(f"{name} cannot be read ({reason(error)}); name a file by its absolute path") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Secret:
-    """A variable's value, or the file that another variable names. It stays out of the repr."""
+    """An API key or token, or the path of the file that holds it."""
 
-    name: str
-    value: str = field(default="", repr=False)
-    file: str = field(default="", repr=False)
+    source: str  # the variable or header that it comes from
+    given: str = ""
     kind: str = "secret"
 
     @property
     def is_set(self) -> bool:
         """Whether it was given at all."""
-        return bool(self.value or self.file)
-
-    @property
-    def source(self) -> str:
-        """The variable or header that it comes from."""
-        return f"{self.name}_FILE" if self.file else self.name
+        return bool(self.given)
 
     def read(self) -> str:
         """The secret as it is now; a file is read again, so a rotated secret needs no restart."""
-        if self.value and self.file:
-            raise ConfigError(f"{self.name} and {self.name}_FILE are both set; set only one of them")
-        return check_value(self.source, read_file(self.source, self.file) if self.file else self.value, self.kind)
+        text = read_file(self.source, self.given) if self.source.endswith("_FILE") else self.given
+        return check_value(self.source, text, self.kind)
 
 
-class Variable(NamedTuple):
-    """One environment variable; without its prefix, its name is that of a field of Config."""
-
-    name: str
-    kind: str
-    meaning: str
-
-
-VARIABLES = [
-    Variable("OBTRACE_URL", "url", "base URL of the Obtrace API, such as `https://api.obtrace.ai` (required)"),
-    Variable("OBTRACE_API_KEY", "text", "API key (required, this or the next)"),
-    Variable("OBTRACE_API_KEY_FILE", "path", "file that holds the key; it is read for each request"),
-    Variable("OBTRACE_TENANT_ID", "header", "tenant that every request is limited to"),
-    Variable("OBTRACE_PROJECT_ID", "header", "project, unless a call names another"),
-    Variable("OBTRACE_TLS_CA_CERT", "path", "PEM file of the only CAs to trust (default: the system's and certifi's)"),
-    Variable("OBTRACE_TLS_CLIENT_CERT", "path", "PEM file of the client certificate, for mTLS"),
-    Variable("OBTRACE_TLS_CLIENT_KEY", "path", "PEM file of its private key"),
-    Variable("OBTRACE_TLS_CLIENT_KEY_PASSWORD", "text", "password of the private key"),
-    Variable("OBTRACE_TLS_INSECURE", "flag", "`true`: verify no certificate, allow `http://` to other machines"),
-    Variable("OBTRACE_TIMEOUT", "seconds", "seconds for a whole call (default 30)"),
-    Variable("OBTRACE_MAX_RESULT_CHARS", "characters", "characters of a result (default 50000)"),
-    Variable("OBTRACE_MCP_TOKEN", "text", "bearer token that HTTP clients send; required beyond loopback"),
-    Variable("OBTRACE_MCP_TOKEN_FILE", "path", "file that holds the token; it is read for each request"),
-    Variable("OBTRACE_MAX_WINDOW", "span", "longest time window of a call, such as `30d` (default: any)"),
-    Variable("OBTRACE_AUDIT_LOG", "path", "file, or `stderr`, that gets a line of JSON for each call (default: none)"),
-]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Config:
-    """What the environment says."""
+    """What the environment says: OBTRACE_URL is `url`, and so on. With each type come its kind and its meaning."""
 
-    url: str
-    api_key: Secret
-    mcp_token: Secret
-    tenant_id: str = ""
-    project_id: str = ""
-    tls_ca_cert: str = ""
-    tls_client_cert: str = ""
-    tls_client_key: str = field(default="", repr=False)
-    tls_client_key_password: str = field(default="", repr=False)
-    tls_insecure: bool = False
-    timeout: float = 30.0
-    max_result_chars: int = 50_000  # large clients cut a result at about 25,000 tokens
-    max_window: str = ""
-    audit_log: str = ""
+    url: Annotated[str, "url", "base URL of the Obtrace API, such as `https://api.obtrace.ai` (required)"]
+    api_key: Annotated[Secret, "text", "API key (required, this or the next)"]
+    api_key_file: Annotated[str, "path", "file that holds the key; it is read for each request"] = ""
+    tenant_id: Annotated[str, "header", "tenant that every request is limited to"] = ""
+    project_id: Annotated[str, "header", "project, unless a call names another"] = ""
+    tls_ca_cert: Annotated[str, "path", "PEM file of the only CAs to trust (default: the system's and certifi's)"] = ""
+    tls_client_cert: Annotated[str, "path", "PEM file of the client certificate, for mTLS"] = ""
+    tls_client_key: Annotated[str, "path", "PEM file of its private key"] = ""
+    tls_client_key_password: Annotated[str, "text", "password of the private key"] = ""
+    tls_insecure: Annotated[bool, "flag", "`true`: verify no certificate, allow `http://` to other machines"] = False
+    timeout: Annotated[float, "seconds", "seconds for a whole call (default 30)"] = 30.0
+    # large clients cut a result at about 25,000 tokens
+    max_result_chars: Annotated[int, "characters", "characters of a result (default 50000)"] = 50_000
+    mcp_token: Annotated[Secret, "text", "bearer token that HTTP clients send; required beyond loopback"]
+    mcp_token_file: Annotated[str, "path", "file that holds the token; it is read for each request"] = ""
+    max_window: Annotated[str, "span", "longest time window of a call, such as `30d` (default: any)"] = ""
+    audit_log: Annotated[str, "path", "file, or `stderr`, that gets a line of JSON for each call (default: none)"] = ""
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], needs_key: bool = True) -> Config:
         """Read and check the OBTRACE_* variables; raises ConfigError on the first that is wrong."""
-        convert: dict[str, Any] = {"seconds": float, "characters": int, "flag": lambda text: text.lower() in TRUE}
+        convert: dict[str, Any] = {"seconds": float, "characters": int}
+        convert["flag"] = lambda text: text.lower() in ("true", "1", "yes")
         values: dict[str, Any] = {}
-        for name, kind, _ in VARIABLES:
+        for name, (kind, _) in VARIABLES.items():
             if text := check_value(name, environ.get(name, ""), kind):
                 values[name.removeprefix("OBTRACE_").lower()] = convert.get(kind, str)(text)
         for name, kind in (("api_key", "secret"), ("mcp_token", "token")):
-            value, file = (values.pop(each, "") for each in (name, f"{name}_file"))
-            values[name] = Secret(f"OBTRACE_{name.upper()}", value, file, kind)
+            source, file = f"OBTRACE_{name.upper()}", values.get(f"{name}_file")
+            if file and name in values:
+                raise ConfigError(f"{source} and {source}_FILE are both set; set only one of them")
+            secret = Secret(f"{source}_FILE", file, kind) if file else Secret(source, values.get(name, ""), kind)
+            if secret.is_set or needs_key and name == "api_key":
+                secret.read()
+            values[name] = secret
         config = cls(**values | {"url": values["url"].rstrip("/")})
         try:
             url = urllib.parse.urlsplit(config.url)
@@ -288,9 +261,6 @@ class Config:
             raise ConfigError("OBTRACE_URL has no valid host or port") from None
         if url.scheme == "http" and not config.tls_insecure and not is_loopback(host):
             raise ConfigError("OBTRACE_URL is http:// to another machine, which would show the API key; use https://")
-        for secret in (config.api_key, config.mcp_token):
-            if secret.is_set or needs_key and secret is config.api_key:
-                secret.read()
         if bool(config.tls_client_cert) != bool(config.tls_client_key):
             raise ConfigError("OBTRACE_TLS_CLIENT_CERT and OBTRACE_TLS_CLIENT_KEY go together; set both or neither")
         return config
@@ -311,6 +281,12 @@ class Config:
         return replace(self, api_key=Secret(CALLER_HEADERS[0], key), tenant_id=tenant, project_id=project)
 
 
+# The environment variables: the kind of value and the meaning of each.
+VARIABLES: dict[str, tuple[str, str]] = {
+    f"OBTRACE_{name.upper()}": hint.__metadata__ for name, hint in get_type_hints(Config, include_extras=True).items()
+}
+
+
 def is_loopback(host: str) -> bool:
     """Whether the host names this machine, without a DNS lookup: localhost, 127.0.0.0/8 or ::1."""
     try:
@@ -321,9 +297,8 @@ def is_loopback(host: str) -> bool:
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """The OBTRACE_* variables that are set but mean nothing here, each with the one that may be meant."""
-    known = [variable.name for variable in VARIABLES]
     given = sorted(name for name, value in environ.items() if name.upper().startswith("OBTRACE_") and value.strip())
-    return [visible(name) + nearest(name, known, 0.8) for name in given if name not in known]
+    return [visible(name) + nearest(name, VARIABLES, 0.8) for name in given if name not in VARIABLES]
 
 
 # ---------------------------------------------------------------- tools
@@ -2620,7 +2595,7 @@ def diagnose(
     own_key = config.api_key.is_set
     if own_key:
         keys.add(config.api_key.read())
-    given = ", ".join(variable.name for variable in VARIABLES if environ.get(variable.name, "").strip())
+    given = ", ".join(name for name in VARIABLES if environ.get(name, "").strip())
     yield "the sample service (--demo)" if exchange else f"{given} from the environment, the rest by default{ignored}"
     Audit(config.audit_log, options.transport)  # raises if it cannot be written
     yield config.url + ("; certificates are NOT verified (OBTRACE_TLS_INSECURE)" if config.tls_insecure else "")
@@ -2777,7 +2752,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; raises ConfigError for one that is wrong. It never repeats a value, which may be a secret."""
-    rows = [f"  {variable.name:33}{variable.meaning.replace('`', '')}" for variable in VARIABLES]
+    rows = [f"  {name:33}{meaning.replace('`', '')}" for name, (_, meaning) in VARIABLES.items()]
     rows.append(f"  {'HTTPS_PROXY, NO_PROXY':33}proxy, and hosts to reach without it")
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser("mcp-obtrace", formatter_class=layout, add_help=False, allow_abbrev=False)
