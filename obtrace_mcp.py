@@ -14,7 +14,7 @@ variables and flags. The file reads from top to bottom in the order in which dat
 
     text helpers             quote what others wrote, make invisible characters visible
     configuration            the OBTRACE_* variables, one row each
-    tools                    the 51 tools, one row each; READ or WRITE says what can write
+    tools                    the 51 tools, one row each; all but GET and four requests write
     from a call to a request check the arguments, and build the request that they ask for
     read-only SQL            the guard: which statements and functions a query may hold
     the API client           where the key is sent, and removed from what comes back
@@ -303,10 +303,8 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 # ---------------------------------------------------------------- tools
 
-READ, WRITE = False, True
-
-# The only requests but GET that a server without --enable-write sends. The API client holds every
-# request against this list, whatever the table below says of its tool.
+# The only requests but GET that a server without --enable-write sends. Any other tool that does not
+# GET counts as one that writes, and the API client holds every request against this list once more.
 READS_THAT_POST = {
     "chat_to_query": "POST /api/v1/ai/chat-to-query",
     "root_cause_analysis": "POST /api/v1/ai/root-cause",
@@ -330,20 +328,19 @@ class Arg:
         """Its JSON Schema, without unions, which some clients reject."""
         schema: dict[str, Any] = {"type": self.kind if self.kind in ("integer", "boolean") else "string"}
         schema |= {"enum": list(self.enum)} if self.enum else {}
-        schema = {"type": "array", "items": schema} if self.kind in ("list", "csv", "fields") else schema
+        schema = {"type": "array", "items": schema} if self.kind in ("list", "csv") else schema
         schema |= {"minimum": 1} if self.kind == "integer" else {}
         schema |= {} if self.default is None else {"default": self.default}
         return schema | ({"description": self.description} if self.description else {})
 
 
-# What the arguments of the table below mean; others are plain text, or an id where the name ends in _id.
+# What arguments mean; others are plain text, or an id where the name ends in _id or _name.
 ARGUMENTS: dict[str, Arg] = {
     "app": Arg("text", "connected app, see list_apps"),
     "condition": Arg("text", "alert condition"),
     "default_from": Arg("time", "RFC 3339, epoch or e.g. now-2h; default 1h before time_to"),
-    "default_to": Arg("time", default="now"),
     "enabled": Arg("boolean"),
-    "fields": Arg("fields", "keep only these of each row, e.g. Body, ResourceAttributes.k8s.pod.name"),
+    "fields": Arg("list", "keep only these of each row, e.g. Body, ResourceAttributes.k8s.pod.name"),
     "has_error": Arg("boolean", "true: only with errors"),
     "interval": Arg("duration", "between evaluations"),
     "level": Arg("text", "e.g. ERROR"),
@@ -351,8 +348,6 @@ ARGUMENTS: dict[str, Arg] = {
     "limit": Arg("integer"),
     "log_group": Arg("text", "severity, service_name or resource"),
     "max_latency": Arg("duration"),
-    "metric_name": Arg("id"),
-    "label_name": Arg("id"),
     "min_latency": Arg("duration", "e.g. 500ms, 1s"),
     "operation": Arg("text", "span name"),
     "phrase": Arg("text", "words to find"),
@@ -367,7 +362,7 @@ ARGUMENTS: dict[str, Arg] = {
     "trace_group": Arg("text", "service_name, operation or status"),
     "types": Arg("csv", "default: all"),
 }
-SHORTHAND = {"P": "project_id", "T": "time_from time_to", "T*": "time_from:default_from time_to:default_to"}
+SHORTHAND = {"P": "project_id", "T": "time_from time_to", "T*": "time_from:default_from time_to=now"}
 
 
 def arguments_of(notation: str) -> dict[str, Arg]:
@@ -378,30 +373,30 @@ def arguments_of(notation: str) -> dict[str, Arg]:
     args = {}
     for word in " ".join(SHORTHAND.get(word, word.replace("N=", "limit=")) for word in notation.split()).split():
         name, meaning, star, default = re.findall(r"(\w+):?([\w|]*)(\*?)=?(.*)", word)[0]
-        plain = Arg("id" if name.endswith("_id") else "text")
-        arg = ARGUMENTS.get(name, plain) if "|" in meaning else ARGUMENTS.get(meaning or name, plain)
         enum = tuple(meaning.split("|")) if "|" in meaning else ()
+        plain = Arg("id" if name.endswith(("_id", "_name")) else "text")
+        arg = ARGUMENTS.get(name if enum else meaning or name, plain)
         value = int(default) if arg.kind == "integer" else default.strip('"') if default else arg.default
         args[name] = replace(arg, enum=enum, required=bool(star), default=value)
     return args
 
 
 class Tool:
-    """One tool: whether it writes, the request that it makes, and its arguments."""
+    """One tool: the request that it makes, below /api/v1, and its arguments beside those in the path."""
 
-    def __init__(self, write: bool, name: str, request: str, notation: str, description: str) -> None:
-        self.write, self.name, self.description = write, name, description
-        self.method, self.path = request.split(" ")
-        self.args = arguments_of(notation)
-        self.in_path = set(re.findall(r"\{(\w+)\}", self.path))
+    def __init__(self, name: str, request: str, notation: str, description: str) -> None:
+        self.name, self.description = name, description
+        self.method, path = request.split(" ")
+        self.path = f"/api/v1{path}"
+        self.write = self.method != "GET" and READS_THAT_POST.get(name) != f"{self.method} {self.path}"
+        self.in_path = re.findall(r"\{(\w+)\}", path)
+        # required, but for a project_id that the notation names again: it may be configured
+        self.args = arguments_of(" ".join([*(f"{name}*" for name in self.in_path), notation]))
         self.needs_window = "T*" in notation.split()
-        if write == (self.method == "GET" or READS_THAT_POST.get(name) == request) or not self.in_path <= {*self.args}:
-            raise TypeError(f"{name}: its row contradicts itself")
 
     def listing(self) -> dict[str, Any]:
         """The tool as `tools/list` shows it."""
-        properties = {name: arg.schema for name, arg in self.args.items()}
-        schema: dict[str, Any] = {"type": "object", "properties": properties}
+        schema: dict[str, Any] = {"type": "object", "properties": {name: arg.schema for name, arg in self.args.items()}}
         if required := [name for name, arg in self.args.items() if arg.required]:
             schema["required"] = required
         hints = {
@@ -422,119 +417,110 @@ SQL_NOTE = "time_from and time_to (default: the last hour) bound the SQL too. DE
 # fmt: off
 TOOLS: dict[str, list[Tool]] = {
     "logs": [
-        Tool(READ, "query_logs", "GET /api/v1/query/logs", "query:sql* T* N=100 P",
+        Tool("query_logs", "GET /query/logs", "query:sql* T* N=100 P",
              "Run SQL over otel_logs, for what search_logs cannot express. " + SQL_NOTE.format("otel_logs")),
-        Tool(READ, "search_logs", "GET /api/v1/search/logs", "text* severity:levels service T* N=50 fields P",
+        Tool("search_logs", "GET /search/logs", "text* severity:levels service T* N=50 fields P",
              "Find log records by text, narrowed by severity or service. First choice for errors and messages."),
-        Tool(READ, "list_log_services", "GET /api/v1/logs/services", "T P", "List the services that send logs."),
-        Tool(READ, "log_stats", "GET /api/v1/logs/stats", "service group_by:log_group T* P",
-             "Count logs over time or per group."),
-        Tool(READ, "log_patterns", "GET /api/v1/logs/patterns", "service severity:level T* N=20 P",
+        Tool("list_log_services", "GET /logs/services", "T P", "List the services that send logs."),
+        Tool("log_stats", "GET /logs/stats", "service group_by:log_group T* P", "Count logs over time or per group."),
+        Tool("log_patterns", "GET /logs/patterns", "service severity:level T* N=20 P",
              "Cluster similar log messages and count them. Shows what dominates noisy logs."),
     ],
     "traces": [
-        Tool(READ, "query_traces", "GET /api/v1/query/traces", "query:sql* T* N=100 P",
+        Tool("query_traces", "GET /query/traces", "query:sql* T* N=100 P",
              "Run SQL over otel_traces, for what search_traces cannot express. " + SQL_NOTE.format("otel_traces")),
-        Tool(READ, "get_trace", "GET /api/v1/traces/{trace_id}", "trace_id* fields P", "Get all spans of one trace."),
-        Tool(READ, "search_traces", "GET /api/v1/search/traces",
+        Tool("get_trace", "GET /traces/{trace_id}", "fields P", "Get all spans of one trace."),
+        Tool("search_traces", "GET /search/traces",
              "service operation min_latency max_latency status:OK|ERROR|UNSET T* N=50 fields P",
              "Find traces by service, operation, latency or status. First choice for slow or failing requests."),
-        Tool(READ, "list_trace_services", "GET /api/v1/traces/services", "T P", "List the services that send traces."),
-        Tool(READ, "list_trace_operations", "GET /api/v1/traces/operations", "service* T P",
+        Tool("list_trace_services", "GET /traces/services", "T P", "List the services that send traces."),
+        Tool("list_trace_operations", "GET /traces/operations", "service* T P",
              "List the operations (span names) of a service."),
-        Tool(READ, "trace_stats", "GET /api/v1/traces/stats", "service group_by:trace_group T* P",
+        Tool("trace_stats", "GET /traces/stats", "service group_by:trace_group T* P",
              "Get request counts, error rates and latency percentiles."),
     ],
     "metrics": [
-        Tool(READ, "query_metrics", "GET /api/v1/query/metrics", "query:sql* T* N=100 P",
+        Tool("query_metrics", "GET /query/metrics", "query:sql* T* N=100 P",
              "Run SQL over otel_metrics. " + SQL_NOTE.format("otel_metrics")),
-        Tool(READ, "list_metric_names", "GET /api/v1/metrics/names", "prefix service T P",
+        Tool("list_metric_names", "GET /metrics/names", "prefix service T P",
              "List metric names. Start here for metrics."),
-        Tool(READ, "get_metric_metadata", "GET /api/v1/metrics/{metric_name}/metadata", "metric_name* P",
+        Tool("get_metric_metadata", "GET /metrics/{metric_name}/metadata", "P",
              "Get a metric's type, unit and description."),
-        Tool(READ, "list_metric_label_names", "GET /api/v1/metrics/{metric_name}/labels", "metric_name* T P",
-             "List a metric's labels."),
-        Tool(READ, "list_metric_label_values", "GET /api/v1/metrics/{metric_name}/labels/{label_name}/values",
-             "metric_name* label_name* T P", "List the values of one label of a metric."),
-        Tool(READ, "metric_stats", "GET /api/v1/metrics/{metric_name}/stats", "metric_name* service step=1m T* P",
+        Tool("list_metric_label_names", "GET /metrics/{metric_name}/labels", "T P", "List a metric's labels."),
+        Tool("list_metric_label_values", "GET /metrics/{metric_name}/labels/{label_name}/values", "T P",
+             "List the values of one label of a metric."),
+        Tool("metric_stats", "GET /metrics/{metric_name}/stats", "service step=1m T* P",
              "Get a metric's values aggregated per step."),
     ],
     "dashboards": [
-        Tool(READ, "list_dashboards", "GET /api/v1/dashboards", "query:phrase N=50 P", "List dashboards."),
-        Tool(READ, "get_dashboard", "GET /api/v1/dashboards/{dashboard_id}", "dashboard_id* P", "Get one dashboard."),
-        Tool(READ, "get_dashboard_panels", "GET /api/v1/dashboards/{dashboard_id}/panels", "dashboard_id* P",
+        Tool("list_dashboards", "GET /dashboards", "query:phrase N=50 P", "List dashboards."),
+        Tool("get_dashboard", "GET /dashboards/{dashboard_id}", "P", "Get one dashboard."),
+        Tool("get_dashboard_panels", "GET /dashboards/{dashboard_id}/panels", "P",
              "Get a dashboard's panels and their queries."),
-        Tool(WRITE, "create_dashboard", "POST /api/v1/dashboards", 'name* description="" P', "Create a dashboard."),
-        Tool(WRITE, "update_dashboard", "PUT /api/v1/dashboards/{dashboard_id}", "dashboard_id* name description P",
+        Tool("create_dashboard", "POST /dashboards", 'name* description="" P', "Create a dashboard."),
+        Tool("update_dashboard", "PUT /dashboards/{dashboard_id}", "name description P",
              "Change a dashboard's name or description."),
-        Tool(WRITE, "delete_dashboard", "DELETE /api/v1/dashboards/{dashboard_id}", "dashboard_id* P",
-             "Delete a dashboard. Cannot be undone."),
+        Tool("delete_dashboard", "DELETE /dashboards/{dashboard_id}", "P", "Delete a dashboard. Cannot be undone."),
     ],
     "incidents": [
-        Tool(READ, "list_incidents",
-             "GET /api/v1/incidents", f"status:{INCIDENT} severity:{LEVELS} service:app T N=50 P",
+        Tool("list_incidents", "GET /incidents", f"status:{INCIDENT} severity:{LEVELS} service:app T N=50 P",
              "List incidents. First choice for what is broken now."),
-        Tool(READ, "get_incident", "GET /api/v1/incidents/{incident_id}", "incident_id* P", "Get one incident."),
-        Tool(READ, "get_incident_timeline", "GET /api/v1/incidents/{incident_id}/timeline", "incident_id* P",
+        Tool("get_incident", "GET /incidents/{incident_id}", "P", "Get one incident."),
+        Tool("get_incident_timeline", "GET /incidents/{incident_id}/timeline", "P",
              "Get what happened in an incident, in order."),
-        Tool(WRITE, "create_incident", "POST /api/v1/incidents", f"title* severity:{LEVELS}* description service:app P",
+        Tool("create_incident", "POST /incidents", f"title* severity:{LEVELS}* description service:app P",
              "Open an incident."),
-        Tool(WRITE, "update_incident", "PUT /api/v1/incidents/{incident_id}",
-             f"incident_id* status:{INCIDENT} severity:{LEVELS} P", "Change an incident's status or severity."),
-        Tool(WRITE, "add_incident_activity", "POST /api/v1/incidents/{incident_id}/activities",
-             "incident_id* message* type:note|status_change|action=note P",
+        Tool("update_incident", "PUT /incidents/{incident_id}", f"status:{INCIDENT} severity:{LEVELS} P",
+             "Change an incident's status or severity."),
+        Tool("add_incident_activity", "POST /incidents/{incident_id}/activities",
+             "message* type:note|status_change|action=note P",
              "Add a note, status change or action to an incident's timeline."),
     ],
     "alerts": [
-        Tool(READ, "list_alert_rules", "GET /api/v1/alerts/rules",
-             f"status:active|inactive|firing|pending severity:{LEVELS} N=50 P",
+        Tool("list_alert_rules", "GET /alerts/rules", f"status:active|inactive|firing|pending severity:{LEVELS} N=50 P",
              "List alert rules."),
-        Tool(READ, "get_alert_rule", "GET /api/v1/alerts/rules/{rule_id}", "rule_id* P", "Get one alert rule."),
-        Tool(READ, "list_alert_history", "GET /api/v1/alerts/history", "rule_id status:firing|resolved T* N=100 P",
+        Tool("get_alert_rule", "GET /alerts/rules/{rule_id}", "P", "Get one alert rule."),
+        Tool("list_alert_history", "GET /alerts/history", "rule_id status:firing|resolved T* N=100 P",
              "List when alerts fired and resolved."),
-        Tool(READ, "list_contact_points", "GET /api/v1/alerts/contacts", "P", "List where alerts are sent."),
-        Tool(WRITE, "create_alert_rule", "POST /api/v1/alerts/rules",
+        Tool("list_contact_points", "GET /alerts/contacts", "P", "List where alerts are sent."),
+        Tool("create_alert_rule", "POST /alerts/rules",
              f"name* query:condition* severity:{LEVELS}* interval=1m description P", "Create an alert rule."),
-        Tool(WRITE, "update_alert_rule", "PUT /api/v1/alerts/rules/{rule_id}",
-             f"rule_id* name description query:condition severity:{LEVELS} enabled P",
+        Tool("update_alert_rule", "PUT /alerts/rules/{rule_id}",
+             f"name description query:condition severity:{LEVELS} enabled P",
              "Change, enable or disable an alert rule."),
-        Tool(WRITE, "delete_alert_rule", "DELETE /api/v1/alerts/rules/{rule_id}", "rule_id* P",
-             "Delete an alert rule. Cannot be undone."),
+        Tool("delete_alert_rule", "DELETE /alerts/rules/{rule_id}", "P", "Delete an alert rule. Cannot be undone."),
     ],
     "ai": [
-        Tool(READ, "chat_to_query", "POST /api/v1/ai/chat-to-query", "question* query_type:logs|traces|metrics P",
+        Tool("chat_to_query", "POST /ai/chat-to-query", "question* query_type:logs|traces|metrics P",
              "Let Obtrace's AI turn a question into a query; it is not run."),
-        Tool(READ, "root_cause_analysis", "POST /api/v1/ai/root-cause", "incident_id trace_id service symptoms T* P",
+        Tool("root_cause_analysis", "POST /ai/root-cause", "incident_id trace_id service symptoms T* P",
              "Let Obtrace's AI find the likely cause of an incident, trace or symptom. Slow."),
-        Tool(READ, "summarize", "POST /api/v1/ai/summarize", "service focus:errors|latency|throughput|overall T* P",
+        Tool("summarize", "POST /ai/summarize", "service focus:errors|latency|throughput|overall T* P",
              "Let Obtrace's AI summarize the health of a service or project. Slow."),
-        Tool(WRITE, "autofix", "POST /api/v1/ai/autofix",
+        Tool("autofix", "POST /ai/autofix",
              "incident_id error_log service language:go|typescript|python|java|csharp|ruby|php P",
              "Let Obtrace's AI write a code fix for an incident or error."),
     ],
     "projects": [
-        Tool(READ, "list_projects", "GET /api/v1/projects", "N=50", "List the projects that the API key sees."),
-        Tool(READ, "get_project", "GET /api/v1/projects/{project_id}", "P", "Get one project."),
-        Tool(READ, "list_apps", "GET /api/v1/projects/{project_id}/apps", "P N=50", "List a project's connected apps."),
-        Tool(READ, "list_teams", "GET /api/v1/teams", "N=50", "List teams."),
-        Tool(READ, "list_users", "GET /api/v1/users", "N=50", "List users."),
+        Tool("list_projects", "GET /projects", "N=50", "List the projects that the API key sees."),
+        Tool("get_project", "GET /projects/{project_id}", "P", "Get one project."),
+        Tool("list_apps", "GET /projects/{project_id}/apps", "P N=50", "List a project's connected apps."),
+        Tool("list_teams", "GET /teams", "N=50", "List teams."),
+        Tool("list_users", "GET /users", "N=50", "List users."),
     ],
     "replay": [
-        Tool(READ, "list_replay_sessions", "GET /api/v1/replay/sessions", "user_id service:app has_error T N=50 P",
+        Tool("list_replay_sessions", "GET /replay/sessions", "user_id service:app has_error T N=50 P",
              "List recorded user sessions."),
-        Tool(READ, "get_replay_session", "GET /api/v1/replay/sessions/{session_id}", "session_id* P",
-             "Get one recorded session."),
-        Tool(READ, "get_replay_events", "GET /api/v1/replay/sessions/{session_id}/events",
-             "session_id* event_type:click|navigation|error|network|console N=200 P",
-             "Get what the user did in a session."),
-        Tool(READ, "get_replay_errors", "GET /api/v1/replay/sessions/{session_id}/errors", "session_id* P",
+        Tool("get_replay_session", "GET /replay/sessions/{session_id}", "P", "Get one recorded session."),
+        Tool("get_replay_events", "GET /replay/sessions/{session_id}/events",
+             "event_type:click|navigation|error|network|console N=200 P", "Get what the user did in a session."),
+        Tool("get_replay_errors", "GET /replay/sessions/{session_id}/errors", "P",
              "Get the errors that the user met in a session."),
     ],
     "search": [
-        Tool(READ, "global_search", "GET /api/v1/search",
-             "query:phrase* types:logs|traces|metrics|dashboards|incidents T N=10 P",
+        Tool("global_search", "GET /search", "query:phrase* types:logs|traces|metrics|dashboards|incidents T N=10 P",
              "Search across logs, traces, metrics, dashboards and incidents. For a name whose kind is unknown."),
-        Tool(READ, "generate_deeplink", "POST /api/v1/deeplinks",
+        Tool("generate_deeplink", "POST /deeplinks",
              "type:logs|traces|metrics|dashboard|incident|replay* resource_id query:phrase T P",
              "Make a link into Obtrace's UI for the user."),
     ],
@@ -549,10 +535,7 @@ def select_tools(enabled: Sequence[str] | None, disabled: Iterable[str], enable_
     wanted = set(TOOLS) if enabled is None else set(re.split(r"[,\s]+", " ".join(enabled).lower())) - {""}
     for name in sorted(wanted - TOOLS.keys()):
         if name not in TOOL_NAMES:
-            meant = (
-                nearest(name, [*TOOLS, *TOOL_NAMES])
-                or f"; use {', '.join(TOOLS)} or names of tools, or leave it out for all"
-            )
+            meant = nearest(name, [*TOOLS, *TOOL_NAMES]) or f"; use {', '.join(TOOLS)}, a tool, or leave it out for all"
             raise ConfigError(f"--enabled-tools holds a name that is no tool or category{meant}")
         if TOOL_NAMES[name].write and not enable_write:
             raise ConfigError(f"--enabled-tools: {name} writes; add --enable-write, or leave it out")
@@ -600,14 +583,14 @@ def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: in
     """The request that a call makes; `now` is epoch nanoseconds. Raises ObtraceError, and sends nothing."""
     values = check_arguments(tool.name, tool.args, given, now)
     fields = tuple(values.pop("fields", ()))
-    if tool.method == "PUT" and values.keys() <= tool.in_path | {"project_id"}:
-        changes = ", ".join(name for name in tool.args if name not in tool.in_path | {"project_id"})
+    if tool.method == "PUT" and values.keys() <= {*tool.in_path, "project_id"}:
+        changes = ", ".join(name for name in tool.args if name not in (*tool.in_path, "project_id"))
         raise ObtraceError(f"{tool.name}: nothing to change; give at least one of {changes}")
     start, end = window_of(tool, values, given, now, max_window)
     values |= {name: format_time(values[name]) for name in ("time_from", "time_to") if name in values}
     if project_id and "project_id" in tool.args:
         values.setdefault("project_id", project_id)
-    if missing := tool.in_path - values.keys():  # only project_id can still be missing here
+    if missing := set(tool.in_path) - values.keys():  # only project_id can still be missing here
         raise ObtraceError(f"{tool.name}: {missing.pop()} is missing; give it, or the operator sets OBTRACE_PROJECT_ID")
     project = values.get("project_id", project_id)
     path = re.sub(r"\{(\w+)\}", lambda match: urllib.parse.quote(values.pop(match[1]), safe=""), tool.path)

@@ -1004,13 +1004,11 @@ def test_the_client_itself_refuses_what_is_no_declared_read(service: Service) ->
     assert len(service.requests) == 4
 
 
-@pytest.mark.parametrize(("write", "name", "request_line"), [
-    (False, "create_team", "POST /api/v1/teams"), (False, "delete_team", "DELETE /api/v1/teams"), (True, "list_teams", "GET /api/v1/teams"),
-    (True, "summarize", "POST /api/v1/ai/summarize"), (False, "summarize", "POST /api/v1/ai/autofix"), (False, "autofix", "POST /api/v1/ai/summarize"),
-    (False, "get_team", "GET /api/v1/teams/{team_id}")])  # fmt: skip
-def test_a_row_of_the_table_that_contradicts_itself_is_refused(write: bool, name: str, request_line: str) -> None:
-    with pytest.raises(TypeError, match=name):
-        program.Tool(write, name, request_line, "P", "Do something.")
+@pytest.mark.parametrize(("name", "request_line"), [
+    ("create_team", "POST /teams"), ("delete_team", "DELETE /teams"), ("summarize", "POST /ai/autofix"), ("summarize", "PUT /ai/summarize"),
+    ("autofix", "POST /ai/summarize"), ("list_teams", "post /ai/summarize"), ("list_teams", "get /teams")])  # fmt: skip
+def test_a_row_of_the_table_writes_unless_it_is_a_declared_read(name: str, request_line: str) -> None:
+    assert program.Tool(name, request_line, "P", "Do something.").write
 
 
 # ---------------------------------------------------------------- the API client
