@@ -60,7 +60,7 @@ import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, get_type_hints
 
@@ -586,38 +586,29 @@ def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: in
     if tool.method == "PUT" and values.keys() <= {*tool.in_path, "project_id"}:
         changes = ", ".join(name for name in tool.args if name not in (*tool.in_path, "project_id"))
         raise ObtraceError(f"{tool.name}: nothing to change; give at least one of {changes}")
-    start, end = window_of(tool, values, given, now, max_window)
-    values |= {name: format_time(values[name]) for name in ("time_from", "time_to") if name in values}
+    window = window_of(tool, values, given, now, max_window)
+    told = "time_from" not in values or bool(given.get("time_from"))
+    limit = values.get("limit", 0)
+    narrowing = given.keys() & values.keys() - {"time_from", "time_to", "limit", "project_id"}
+    filters = tuple(sorted(name for name in narrowing if not tool.args[name].required))
     if project_id and "project_id" in tool.args:
         values.setdefault("project_id", project_id)
     if missing := set(tool.in_path) - values.keys():  # only project_id can still be missing here
         raise ObtraceError(f"{tool.name}: {missing.pop()} is missing; give it, or the operator sets OBTRACE_PROJECT_ID")
     project = values.get("project_id", project_id)
     path = re.sub(r"\{(\w+)\}", lambda match: urllib.parse.quote(values.pop(match[1]), safe=""), tool.path)
-    about: dict[str, Any] = {
-        "project_id": project,
-        "window": f"{values.get('time_from', 'the beginning')} to {values.get('time_to', 'now')}" * bool(start or end),
-        "told": "time_from" not in values or bool(given.get("time_from")),
-        "limit": values.get("limit", 0),
-        "filters": tuple(
-            name for name in sorted(given.keys() & values.keys() - {"time_from", "time_to", "limit", "project_id"})
-            if not tool.args[name].required
-        ),
-        "fields": fields,
-    }  # fmt: skip
+    query, body = "", None
     if tool.method in ("POST", "PUT"):
-        return Request(tool.name, tool.method, path, body=json.dumps(values).encode(), **about)
-    pairs = {name: "true" if value is True else value for name, value in values.items() if value is not False}
-    query = urllib.parse.urlencode(pairs, doseq=True, quote_via=urllib.parse.quote, safe="")
-    return Request(tool.name, tool.method, path, query, **about)
+        body = json.dumps(values).encode()
+    else:
+        pairs = {name: "true" if value is True else value for name, value in values.items() if value is not False}
+        query = urllib.parse.urlencode(pairs, doseq=True, quote_via=urllib.parse.quote, safe="")
+    return Request(tool.name, tool.method, path, query, body, project, window, told, limit, filters, fields)
 
 
-def window_of(
-    tool: Tool, values: dict[str, Any], given: Mapping[str, Any], now: int, longest: str
-) -> tuple[int | None, int | None]:
-    """Complete the time window in the values; returns its ends where it has some. Raises ObtraceError."""
+def window_of(tool: Tool, values: dict[str, Any], given: Mapping[str, Any], now: int, longest: str) -> str:
+    """Complete and format the time window in the values; returns it as text, if there is one. Raises ObtraceError."""
     if tool.needs_window:
-        values.setdefault("time_to", now)
         values.setdefault("time_from", max(0, values["time_to"] - HOUR))
     if longest and "time_from" in tool.args:
         earliest = max(0, values.get("time_to", now) - int(longest[:-1]) * UNITS[longest[-1]])
@@ -625,11 +616,13 @@ def window_of(
             allowed = f"longer than {longest}, which is the most that the operator allows (OBTRACE_MAX_WINDOW)"
             raise ObtraceError(f"{tool.name}: the window is {allowed}; begin at {format_time(earliest)} or later")
         values["time_from"] = max(values.get("time_from", 0), earliest)
-    start, end = values.get("time_from"), values.get("time_to")
-    if start is not None and end is not None and start > end:
-        order = f"time_from ({format_time(start)}) is after time_to ({format_time(end)})"
+    backwards = values.get("time_from", 0) > values.get("time_to", YEAR_10000)
+    ends: dict[str, str] = {name: format_time(values[name]) for name in ("time_from", "time_to") if name in values}
+    if backwards:
+        order = f"time_from ({ends['time_from']}) is after time_to ({ends['time_to']})"
         raise ObtraceError(f"{tool.name}: {order}; give a start before the end")
-    return start, end
+    values.update(ends)
+    return f"{ends.get('time_from', 'the beginning')} to {ends.get('time_to', 'now')}" if ends else ""
 
 
 def check_arguments(owner: str, args: Mapping[str, Arg], given: Mapping[str, Any], now: int) -> dict[str, Any]:
@@ -640,22 +633,21 @@ def check_arguments(owner: str, args: Mapping[str, Arg], given: Mapping[str, Any
     values: dict[str, Any] = {}
     for name, arg in args.items():
         value = given.get(name)
-        if value is None or value == "" or value == []:
+        if value in (None, "", []):
             if arg.required:
                 raise ObtraceError(f"{owner}: {name} is missing; it is required{choices(arg)}")
-            if arg.default is not None and arg.kind != "time":
-                values[name] = arg.default
-            continue
+            value = arg.default
         try:
-            values[name] = check_argument(arg, value, now)
+            if value is not None:
+                values[name] = check_argument(arg, value, now)
         except ValueError as error:
             raise ObtraceError(f"{owner}: {name} is {quote(value)}; {error}") from None
     return values
 
 
-# What a text must match beside being text, and the sentence if it does not.
+# What an argument must match as text, and the sentence if it does not.
 FORMS = {
-    "id": (r"(?!\.{1,2}$|\s*$)[^\x00-\x1f\x7f-\x9f]{1,500}",
+    "id": (r"(?!\.{1,2}$|\s*$)[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,500}",
            "an id has 1 to 500 characters, no control characters, and is not blank, . or .."),
     "project": (r"(?!\.{1,2}$)[!-~]{1,500}", "a project id is sent as a header: visible ASCII, and not . or .."),
     "duration": (r"(?=.{1,50}$)(\d+(\.\d+)?\s*([nuµm]?s|[mhd])\s*)+", "it must be a duration such as 500ms, 1s or 2m"),
@@ -667,24 +659,19 @@ FORMS = {
 
 def check_argument(arg: Arg, value: Any, now: int) -> Any:
     """The value in the service's type, also if a model wrote it as text; raises ValueError with what is accepted."""
-    if arg.kind in ("list", "csv", "fields"):
+    if arg.kind in ("list", "csv"):
         values = check_list(arg, value)
         return ",".join(values) if arg.kind == "csv" else values
     if arg.kind in ("integer", "time") and type(value) in (int, float) and abs(value) < 10**20:
         value = str(int(value) if value == int(value) else value)
     if arg.kind == "boolean" and isinstance(value, bool):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(
-            f"it must be a string{choices(arg)}" if arg.kind not in ("integer", "boolean") else FORMS[arg.kind][1]
-        )
-    if arg.kind == "time":
-        instant = parse_time(value, now)
-        if instant is None or not 0 <= instant < YEAR_10000:
-            raise ValueError(f"it is not a time between 1970 and 9999; accepted: {TIME_FORMS}")
-        return instant
+        value = str(value)
     pattern, sentence = FORMS.get(arg.kind, FORMS["text"])
-    if not re.fullmatch(pattern, value, re.ASCII | re.DOTALL) or not re.fullmatch(FORMS["text"][0], value):
+    if not isinstance(value, str):
+        raise ValueError(sentence if arg.kind in ("integer", "boolean") else f"it must be a string{choices(arg)}")
+    if arg.kind == "time":
+        return parse_time(value, now)
+    if not re.fullmatch(pattern, value, re.ASCII | re.DOTALL):
         raise ValueError(sentence)
     if arg.kind == "sql":
         return check_sql(value)
@@ -711,42 +698,38 @@ def check_list(arg: Arg, value: Any) -> list[str]:
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value[:100_000])
     items = value.split(",") if isinstance(value, str) else value
-    if not isinstance(items, list) or len(items) > 500:
-        raise ValueError(f"it must be a list of at most 500 strings{choices(arg)}")
-    texts = [item.strip() if isinstance(item, str) else item for item in items]
-    items = [check_argument(replace(arg, kind="text"), item, 0) for item in texts]
-    if not all(items):
-        raise ValueError(f"it must be a list of strings that are not empty{choices(arg)}")
-    return items
+    if isinstance(items, list) and len(items) <= 500:
+        texts = [check_argument(replace(arg, kind="text"), item, 0).strip() for item in items]
+        if all(texts):
+            return texts
+    raise ValueError(f"it must be a list of at most 500 strings that are not empty{choices(arg)}")
 
 
-OFFSET = r" ?([Zz]|(?P<sign>[+-])(?P<hours>[01]\d|2[0-3]):?(?P<minutes>[0-5]\d))?"
-RFC_3339 = re.compile(
-    rf"(\d{{4}}-\d\d-\d\d)([Tt ](\d\d:\d\d(:\d\d)?)([.,](?P<fraction>\d{{1,9}})\d*)?{OFFSET})?", re.ASCII
-)
-EPOCH = re.compile(r"(\d{9,19})(?:\.(\d{1,9})\d*)?", re.ASCII)  # fewer digits are rather a year or a date
+EPOCH = re.compile(r"0*(\d{9,19})(?:\.(\d{1,9})\d*)?", re.ASCII)  # fewer digits are rather a year or a date
 RELATIVE = re.compile(r"(?i:now)|(?:(?i:now) ?(?=[+-]))?([+-]?) ?((?:\d{1,9} ?[smhdw] ?)+)", re.ASCII)
+RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d(?::\d\d)?)(?:[.,](\d{1,9})\d*)? ?(?:[Zz]|([+-]\d\d):?([0-5]\d))?)?", re.ASCII
+)
 
 
-def parse_time(text: str, now: int) -> int | None:
-    """Epoch nanoseconds of a time in any of TIME_FORMS, not range-checked; None if it is none of them."""
-    text = text[:100].strip()
+def parse_time(text: str, now: int) -> int:
+    """Epoch nanoseconds of a time in any of TIME_FORMS; raises ValueError."""
+    text, instant = text[:100].strip(), -1
     if match := EPOCH.fullmatch(text):
-        whole, fraction = int(match[1]), int((match[2] or "0").ljust(9, "0"))
-        unit = next((SECOND // 1000**i for i in range(3) if whole < 10 ** (11 + 3 * i)), 1)
-        return whole * unit + fraction * unit // SECOND
-    if match := RELATIVE.fullmatch(text):
+        seconds, fraction = match.groups("")
+        unit = SECOND // 1000 ** ((len(seconds) - 9) // 3)  # 12 digits are milliseconds, 15 microseconds
+        instant = int(seconds + fraction.ljust(9, "0")) * unit // SECOND
+    elif match := RELATIVE.fullmatch(text):
         shift = sum(int(count) * UNITS[unit] for count, unit in re.findall(r"(\d+) ?([smhdw])", match[2] or ""))
-        return now + shift if match[1] == "+" else now - shift
-    if match := RFC_3339.fullmatch(text):
-        try:
-            moment = datetime.fromisoformat(f"{match[1]}T{match[3] or '00:00'}").replace(tzinfo=timezone.utc)
-        except ValueError:
-            return None
-        offset = int(f"{match['sign']}1") * (int(match["hours"]) * 60 + int(match["minutes"])) if match["sign"] else 0
-        seconds = (moment - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(seconds=1) - 60 * offset
-        return seconds * SECOND + int((match["fraction"] or "").ljust(9, "0"))
-    return None
+        instant = now + shift if match[1] == "+" else now - shift
+    elif match := RFC_3339.fullmatch(text):
+        date, clock, fraction, hours, minutes = match.groups()
+        with contextlib.suppress(ValueError):  # such as the 30th of February
+            moment = datetime.fromisoformat(f"{date}T{clock or '00:00'}{hours or '+00'}:{minutes or '00'}")
+            instant = int(moment.timestamp()) * SECOND + int((fraction or "").ljust(9, "0"))
+    if not 0 <= instant < YEAR_10000:
+        raise ValueError(f"it is not a time between 1970 and 9999; accepted: {TIME_FORMS}")
+    return instant
 
 
 def format_time(instant: int) -> str:
@@ -1704,8 +1687,8 @@ def time_of(row: Any) -> int:
     """When a row happened, in epoch nanoseconds; 0 if it does not say."""
     for name, value in row.items() if isinstance(row, dict) else ():
         if name.lower() in ("timestamp", "@timestamp", "time", "timeunix", "start_time", "starttime"):
-            instant = parse_time(str(value), 0) or 0
-            return instant if instant < YEAR_10000 else 0
+            with contextlib.suppress(ValueError):
+                return parse_time(str(value), 0)
     return 0
 
 
@@ -2474,8 +2457,8 @@ class Demo:
         """All that there is in the window, each row with its kind."""
         now = self.clock()
         present = now - now % (15 * UNITS["m"])  # so the story stands still for a quarter of an hour at a time
-        start = parse_time(given.get("time_from", "1970-01-01"), 0) or 0
-        end = min(parse_time(given.get("time_to", "now"), now) or 0, now)
+        start = parse_time(given.get("time_from", "1970-01-01"), 0)
+        end = min(parse_time(given.get("time_to", "now"), now), now)
         for kind, items in self.items.items():
             for item in items:
                 name = "Timestamp" if kind in DEMO_TABLES else "time"
