@@ -553,8 +553,7 @@ def select_tools(enabled: Sequence[str] | None, disabled: Iterable[str], enable_
 # ---------------------------------------------------------------- from a call to a request
 
 SECOND = 10**9  # nanoseconds, the unit of every time below
-HOUR = 3600 * SECOND
-UNITS = {"s": SECOND, "m": 60 * SECOND, "h": HOUR, "d": 24 * HOUR, "w": 7 * 24 * HOUR}
+UNITS = {"s": SECOND, "m": 60 * SECOND, "h": 3600 * SECOND, "d": 86_400 * SECOND, "w": 604_800 * SECOND}
 YEAR_10000 = 253_402_300_800 * SECOND  # the first instant that RFC 3339 cannot write
 TIME_FORMS = "RFC 3339, a date, epoch seconds to nanoseconds, now, or relative such as now-2h, -30m, 2h (s, m, h, d, w)"
 # Other names that people give to arguments and flags.
@@ -609,18 +608,17 @@ def build_request(tool: Tool, given: Mapping[str, Any], project_id: str, now: in
 def window_of(tool: Tool, values: dict[str, Any], given: Mapping[str, Any], now: int, longest: str) -> str:
     """Complete and format the time window in the values; returns it as text, if there is one. Raises ObtraceError."""
     if tool.needs_window:
-        values.setdefault("time_from", max(0, values["time_to"] - HOUR))
+        values.setdefault("time_from", max(0, values["time_to"] - UNITS["h"]))
     if longest and "time_from" in tool.args:
         earliest = max(0, values.get("time_to", now) - int(longest[:-1]) * UNITS[longest[-1]])
         if given.get("time_from") and values["time_from"] < earliest:
             allowed = f"longer than {longest}, which is the most that the operator allows (OBTRACE_MAX_WINDOW)"
             raise ObtraceError(f"{tool.name}: the window is {allowed}; begin at {format_time(earliest)} or later")
         values["time_from"] = max(values.get("time_from", 0), earliest)
-    backwards = values.get("time_from", 0) > values.get("time_to", YEAR_10000)
-    ends: dict[str, str] = {name: format_time(values[name]) for name in ("time_from", "time_to") if name in values}
-    if backwards:
-        order = f"time_from ({ends['time_from']}) is after time_to ({ends['time_to']})"
+    if values.get("time_from", 0) > values.get("time_to", YEAR_10000):
+        order = f"time_from ({format_time(values['time_from'])}) is after time_to ({format_time(values['time_to'])})"
         raise ObtraceError(f"{tool.name}: {order}; give a start before the end")
+    ends: dict[str, str] = {name: format_time(values[name]) for name in ("time_from", "time_to") if name in values}
     values.update(ends)
     return f"{ends.get('time_from', 'the beginning')} to {ends.get('time_to', 'now')}" if ends else ""
 
@@ -645,15 +643,18 @@ def check_arguments(owner: str, args: Mapping[str, Arg], given: Mapping[str, Any
     return values
 
 
-# What an argument must match as text, and the sentence if it does not.
-FORMS = {
+# What an argument of each kind must match as text, the sentence if it does not, and how its value is made of it.
+KINDS: dict[str, tuple[str, str, Callable[[str], Any]]] = {
     "id": (r"(?!\.{1,2}$|\s*$)[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,500}",
-           "an id has 1 to 500 characters, no control characters, and is not blank, . or .."),
-    "project": (r"(?!\.{1,2}$)[!-~]{1,500}", "a project id is sent as a header: visible ASCII, and not . or .."),
-    "duration": (r"(?=.{1,50}$)(\d+(\.\d+)?\s*([nuµm]?s|[mhd])\s*)+", "it must be a duration such as 500ms, 1s or 2m"),
-    "integer": (r"\s*0{0,9}[1-9]\d{0,17}\s*", "it must be an integer of at least 1"),
-    "boolean": (r"\s*(?i:true|false)\s*", "it must be true or false"),
-    "text": (r"[^\ud800-\udfff]{0,100000}", "it must be valid Unicode of at most 100,000 characters"),
+           "an id has 1 to 500 characters, no control characters, and is not blank, . or ..", str),
+    "project": (r"(?!\.{1,2}$)[!-~]{1,500}", "a project id is sent as a header: visible ASCII, and not . or ..", str),
+    "duration": (r"(?=.{1,50}$)(\d+(\.\d+)?\s*([nuµm]?s|[mhd])\s*)+", "it must be a duration such as 500ms, 1s or 2m",
+                 lambda text: re.sub(r"\s", "", text)),
+    "integer": (r"\s*0{0,9}[1-9]\d{0,17}\s*", "it must be an integer of at least 1", int),
+    "boolean": (r"\s*(?i:true|false)\s*", "it must be true or false", lambda text: text.strip().lower() == "true"),
+    "sql": (r"[^\ud800-\udfff]{0,50000}", "it is longer than 50000 characters, or not valid Unicode",
+            lambda text: check_sql(text)),
+    "text": (r"[^\ud800-\udfff]{0,100000}", "it must be valid Unicode of at most 100,000 characters", str),
 }  # fmt: skip
 
 
@@ -666,25 +667,19 @@ def check_argument(arg: Arg, value: Any, now: int) -> Any:
         value = str(int(value) if value == int(value) else value)
     if arg.kind == "boolean" and isinstance(value, bool):
         value = str(value)
-    pattern, sentence = FORMS.get(arg.kind, FORMS["text"])
+    pattern, sentence, convert = KINDS.get(arg.kind, KINDS["text"])
     if not isinstance(value, str):
         raise ValueError(sentence if arg.kind in ("integer", "boolean") else f"it must be a string{choices(arg)}")
     if arg.kind == "time":
         return parse_time(value, now)
     if not re.fullmatch(pattern, value, re.ASCII | re.DOTALL):
         raise ValueError(sentence)
-    if arg.kind == "sql":
-        return check_sql(value)
-    if arg.kind == "integer":
-        return int(value)
-    if arg.kind == "boolean":
-        return value.strip().lower() == "true"
-    if arg.enum:
-        known = {choice.lower(): choice for choice in arg.enum}
-        if value.strip().lower() not in known:
-            raise ValueError(f"it must be {choices(arg)[2:]}{nearest(value, arg.enum)}")
-        return known[value.strip().lower()]
-    return re.sub(r"\s", "", value) if arg.kind == "duration" else value
+    if not arg.enum:
+        return convert(value)
+    known = {choice.lower(): choice for choice in arg.enum}
+    if value.strip().lower() not in known:
+        raise ValueError(f"it must be {choices(arg)[2:]}{nearest(value, arg.enum)}")
+    return known[value.strip().lower()]
 
 
 def choices(arg: Arg) -> str:
@@ -747,8 +742,6 @@ def format_time(instant: int) -> str:
 # below, and no quoted table may be named like a file. So nothing reaches a file, another host,
 # a dictionary or a model. SQL that could be tokenised in two ways is refused.
 
-MAX_SQL = 50_000  # characters
-
 # Functions that only compute from their arguments, and generators of rows: regular expressions
 # for whole names in lower case, from ClickHouse's system.functions (26.9). A new family must not
 # match a table function: `delta\w*` would let in deltaLake.
@@ -794,15 +787,15 @@ SQL_WITHOUT_LAMBDA = re.compile("|".join(r"""
 """.split()))  # fmt: skip
 # Keywords that may stand before a bracket. FORMAT is not one: a table function has that name.
 SQL_KEYWORDS = set("""
-    ALL AND ANY APPLY AS AST BETWEEN BY CASE COLUMNS CUBE DESC DESCRIBE DISTINCT DIV ELSE ESTIMATE EXCEPT EXISTS
-    EXPLAIN FILTER FROM HAVING ILIKE IN INTERPOLATE INTERSECT INTERVAL JOIN LIKE LIMIT MATERIALIZED MOD NOT OFFSET ON
-    OR OVER PIPELINE PLAN PREWHERE QUALIFY REGEXP REPLACE ROLLUP SAMPLE SELECT SETS STEP SYNTAX TABLE THEN TO
-    TOP TREE UNION USING WHEN WHERE WITH XOR
+    ALL AND ANY APPLY AS AST BETWEEN BY CASE COLUMNS CUBE DESC DESCRIBE DISTINCT DIV ELSE ESTIMATE EXCEPT EXISTS EXPLAIN
+    FILTER FROM HAVING ILIKE IN INTERPOLATE INTERSECT INTERVAL JOIN LIKE LIMIT MATERIALIZED MOD NOT OFFSET ON OR OVER
+    PIPELINE PLAN PREWHERE QUALIFY REGEXP REPLACE ROLLUP SAMPLE SELECT SETS STEP SYNTAX TABLE THEN TO TOP TREE UNION
+    USING WHEN WHERE WITH XOR
 """.split())  # fmt: skip
 # Words that change something or lift a limit of the service's.
 SQL_WRITES = set("""
-    ALTER ATTACH BACKUP CALL COMMIT COPY CREATE DELETE DETACH DROP EXCHANGE EXECUTE GRANT INFILE INSERT INTO KILL
-    MOVE OPTIMIZE OUTFILE PARALLEL RENAME RESTORE REVOKE ROLLBACK SET SETTINGS TRUNCATE UNDROP UPDATE USE
+    ALTER ATTACH BACKUP CALL COMMIT COPY CREATE DELETE DETACH DROP EXCHANGE EXECUTE GRANT INFILE INSERT INTO KILL MOVE
+    OPTIMIZE OUTFILE PARALLEL RENAME RESTORE REVOKE ROLLBACK SET SETTINGS TRUNCATE UNDROP UPDATE USE
 """.split())  # fmt: skip
 SQL_TOKEN = re.compile(
     r"""(?P<space>[ \t\n]+ | --[^\n]* | /\*(?:(?!/\*|\*/).)*\*/)
@@ -810,7 +803,8 @@ SQL_TOKEN = re.compile(
       | (?P<name>`(?:[^`\\]|``)*` | "(?:[^"\\]|"")*")
       | (?P<number>(?:0[xX][0-9a-fA-F]+ | 0[bB][01]+ | \d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?)(?![\w.]))
       | (?P<word>[A-Za-z_][A-Za-z0-9_]*)
-      | (?P<sign>(?!/[*/])[-+*/%=<>!|,.:;?()\[\]{}^~&])""",
+      | (?P<sign>(?!/[*/])[-+*/%=<>!|,.:;?()\[\]{}^~&])
+      | (?P<other>.)""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
 SQL_OPENING = re.compile(
@@ -819,9 +813,9 @@ SQL_OPENING = re.compile(
 )
 # How a file is named, which a database may overlay as a table: a path, a pattern, or an ending that names a format.
 SQL_ENDING = re.compile("|".join(r"""
-    [ct]sv\w* \w*json\w* tskv raw\w+ lineas\w+ row\w+ tab\w+ custom\w+ values pretty\w+ proto\w+ capnp\w*
-    \w*sql\w* form dat dwarf regexp template npy msgpack xml txt log parquet orc avro\w* arrow\w* native bson\w*
-    xlsx? md markdown gz br xz zst lz4 bz2 snappy zip tar tgz
+    [ct]sv\w* \w*json\w* tskv raw\w+ lineas\w+ row\w+ tab\w+ custom\w+ values pretty\w+ proto\w+ capnp\w* \w*sql\w* form
+    dat dwarf regexp template npy msgpack xml txt log parquet orc avro\w* arrow\w* native bson\w* xlsx? md markdown gz
+    br xz zst lz4 bz2 snappy zip tar tgz
 """.split()))  # fmt: skip
 SQL_ACCEPTED = "accepted is one SELECT, WITH ... SELECT, EXPLAIN, SHOW or DESCRIBE"
 
@@ -845,8 +839,6 @@ class Level:
 
 def check_sql(query: str) -> str:
     """The query as it came if it is one statement that only reads; raises ValueError with the reason if not."""
-    if len(query) > MAX_SQL:
-        raise ValueError(f"it is longer than {MAX_SQL} characters")
     tokens = sql_tokens(query.replace("\r\n", "\n"))
     while tokens and tokens[-1] == Token("sign", ";"):
         tokens.pop()
@@ -872,14 +864,11 @@ def sql_tokens(query: str) -> list[Token]:
     if odd := re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", query):
         raise ValueError(f"it holds the control character {quote(odd[0])}; leave it out")
     tokens: list[Token] = []
-    position = 0
-    while position < len(query):
-        match = SQL_TOKEN.match(query, position)
-        if not match:
-            rest = quote(query[position : position + 20])
-            raise ValueError(f"{rest} is ambiguous SQL: it is left open, nested, or needs quotes")
-        position = match.end()
+    for match in SQL_TOKEN.finditer(query):
         kind, text = match.lastgroup or "", match[0]
+        if kind == "other":
+            rest = quote(query[match.start() : match.start() + 20])
+            raise ValueError(f"{rest} is ambiguous SQL: it is left open, nested, or needs quotes")
         if kind in ("name", "string"):
             text = text[1:-1]
         if kind != "space":
@@ -935,9 +924,7 @@ def check_level(tokens: Sequence[Token], i: int, levels: list[Level]) -> None:
     elif text == "-" and tokens[i + 1] == Token("sign", ">"):
         level.function = ""
     elif text == "," and level.function:
-        raise ValueError(
-            f"the first of several arguments of {quote(level.function)} must be a lambda such as x -> x + 1"
-        )
+        raise ValueError(f"of several arguments of {quote(level.function)} the first must be a lambda like x -> x + 1")
 
 
 # ---------------------------------------------------------------- the API client
