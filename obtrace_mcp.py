@@ -303,8 +303,10 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 # ---------------------------------------------------------------- tools
 
-# The only requests but GET that a server without --enable-write sends. Any other tool that does not
-# GET counts as one that writes, and the API client holds every request against this list once more.
+READ, WRITE = False, True
+
+# The only requests but GET that a server without --enable-write sends. The API client holds every
+# request against this list, whatever the table below says of its tool.
 READS_THAT_POST = {
     "chat_to_query": "POST /api/v1/ai/chat-to-query",
     "root_cause_analysis": "POST /api/v1/ai/root-cause",
@@ -382,13 +384,14 @@ def arguments_of(notation: str) -> dict[str, Arg]:
 
 
 class Tool:
-    """One tool: the request that it makes, below /api/v1, and its arguments beside those in the path."""
+    """One tool: whether it writes, its request below /api/v1, and its arguments beside those in the path."""
 
-    def __init__(self, name: str, request: str, notation: str, description: str) -> None:
-        self.name, self.description = name, description
+    def __init__(self, write: bool, name: str, request: str, notation: str, description: str) -> None:
+        self.write, self.name, self.description = write, name, description
         self.method, path = request.split(" ")
         self.path = f"/api/v1{path}"
-        self.write = self.method != "GET" and READS_THAT_POST.get(name) != f"{self.method} {self.path}"
+        if write == (self.method == "GET" or READS_THAT_POST.get(name) == f"{self.method} {self.path}"):
+            raise TypeError(f"{name}: its row contradicts itself")
         self.in_path = re.findall(r"\{(\w+)\}", path)
         # required, but for a project_id that the notation names again: it may be configured
         self.args = arguments_of(" ".join([*(f"{name}*" for name in self.in_path), notation]))
@@ -417,110 +420,114 @@ SQL_NOTE = "time_from and time_to (default: the last hour) bound the SQL too. DE
 # fmt: off
 TOOLS: dict[str, list[Tool]] = {
     "logs": [
-        Tool("query_logs", "GET /query/logs", "query:sql* T* N=100 P",
+        Tool(READ, "query_logs", "GET /query/logs", "query:sql* T* N=100 P",
              "Run SQL over otel_logs, for what search_logs cannot express. " + SQL_NOTE.format("otel_logs")),
-        Tool("search_logs", "GET /search/logs", "text* severity:levels service T* N=50 fields P",
+        Tool(READ, "search_logs", "GET /search/logs", "text* severity:levels service T* N=50 fields P",
              "Find log records by text, narrowed by severity or service. First choice for errors and messages."),
-        Tool("list_log_services", "GET /logs/services", "T P", "List the services that send logs."),
-        Tool("log_stats", "GET /logs/stats", "service group_by:log_group T* P", "Count logs over time or per group."),
-        Tool("log_patterns", "GET /logs/patterns", "service severity:level T* N=20 P",
+        Tool(READ, "list_log_services", "GET /logs/services", "T P", "List the services that send logs."),
+        Tool(READ, "log_stats", "GET /logs/stats", "service group_by:log_group T* P",
+             "Count logs over time or per group."),
+        Tool(READ, "log_patterns", "GET /logs/patterns", "service severity:level T* N=20 P",
              "Cluster similar log messages and count them. Shows what dominates noisy logs."),
     ],
     "traces": [
-        Tool("query_traces", "GET /query/traces", "query:sql* T* N=100 P",
+        Tool(READ, "query_traces", "GET /query/traces", "query:sql* T* N=100 P",
              "Run SQL over otel_traces, for what search_traces cannot express. " + SQL_NOTE.format("otel_traces")),
-        Tool("get_trace", "GET /traces/{trace_id}", "fields P", "Get all spans of one trace."),
-        Tool("search_traces", "GET /search/traces",
+        Tool(READ, "get_trace", "GET /traces/{trace_id}", "fields P", "Get all spans of one trace."),
+        Tool(READ, "search_traces", "GET /search/traces",
              "service operation min_latency max_latency status:OK|ERROR|UNSET T* N=50 fields P",
              "Find traces by service, operation, latency or status. First choice for slow or failing requests."),
-        Tool("list_trace_services", "GET /traces/services", "T P", "List the services that send traces."),
-        Tool("list_trace_operations", "GET /traces/operations", "service* T P",
+        Tool(READ, "list_trace_services", "GET /traces/services", "T P", "List the services that send traces."),
+        Tool(READ, "list_trace_operations", "GET /traces/operations", "service* T P",
              "List the operations (span names) of a service."),
-        Tool("trace_stats", "GET /traces/stats", "service group_by:trace_group T* P",
+        Tool(READ, "trace_stats", "GET /traces/stats", "service group_by:trace_group T* P",
              "Get request counts, error rates and latency percentiles."),
     ],
     "metrics": [
-        Tool("query_metrics", "GET /query/metrics", "query:sql* T* N=100 P",
+        Tool(READ, "query_metrics", "GET /query/metrics", "query:sql* T* N=100 P",
              "Run SQL over otel_metrics. " + SQL_NOTE.format("otel_metrics")),
-        Tool("list_metric_names", "GET /metrics/names", "prefix service T P",
+        Tool(READ, "list_metric_names", "GET /metrics/names", "prefix service T P",
              "List metric names. Start here for metrics."),
-        Tool("get_metric_metadata", "GET /metrics/{metric_name}/metadata", "P",
+        Tool(READ, "get_metric_metadata", "GET /metrics/{metric_name}/metadata", "P",
              "Get a metric's type, unit and description."),
-        Tool("list_metric_label_names", "GET /metrics/{metric_name}/labels", "T P", "List a metric's labels."),
-        Tool("list_metric_label_values", "GET /metrics/{metric_name}/labels/{label_name}/values", "T P",
+        Tool(READ, "list_metric_label_names", "GET /metrics/{metric_name}/labels", "T P", "List a metric's labels."),
+        Tool(READ, "list_metric_label_values", "GET /metrics/{metric_name}/labels/{label_name}/values", "T P",
              "List the values of one label of a metric."),
-        Tool("metric_stats", "GET /metrics/{metric_name}/stats", "service step=1m T* P",
+        Tool(READ, "metric_stats", "GET /metrics/{metric_name}/stats", "service step=1m T* P",
              "Get a metric's values aggregated per step."),
     ],
     "dashboards": [
-        Tool("list_dashboards", "GET /dashboards", "query:phrase N=50 P", "List dashboards."),
-        Tool("get_dashboard", "GET /dashboards/{dashboard_id}", "P", "Get one dashboard."),
-        Tool("get_dashboard_panels", "GET /dashboards/{dashboard_id}/panels", "P",
+        Tool(READ, "list_dashboards", "GET /dashboards", "query:phrase N=50 P", "List dashboards."),
+        Tool(READ, "get_dashboard", "GET /dashboards/{dashboard_id}", "P", "Get one dashboard."),
+        Tool(READ, "get_dashboard_panels", "GET /dashboards/{dashboard_id}/panels", "P",
              "Get a dashboard's panels and their queries."),
-        Tool("create_dashboard", "POST /dashboards", 'name* description="" P', "Create a dashboard."),
-        Tool("update_dashboard", "PUT /dashboards/{dashboard_id}", "name description P",
+        Tool(WRITE, "create_dashboard", "POST /dashboards", 'name* description="" P', "Create a dashboard."),
+        Tool(WRITE, "update_dashboard", "PUT /dashboards/{dashboard_id}", "name description P",
              "Change a dashboard's name or description."),
-        Tool("delete_dashboard", "DELETE /dashboards/{dashboard_id}", "P", "Delete a dashboard. Cannot be undone."),
+        Tool(WRITE, "delete_dashboard", "DELETE /dashboards/{dashboard_id}", "P",
+             "Delete a dashboard. Cannot be undone."),
     ],
     "incidents": [
-        Tool("list_incidents", "GET /incidents", f"status:{INCIDENT} severity:{LEVELS} service:app T N=50 P",
+        Tool(READ, "list_incidents", "GET /incidents", f"status:{INCIDENT} severity:{LEVELS} service:app T N=50 P",
              "List incidents. First choice for what is broken now."),
-        Tool("get_incident", "GET /incidents/{incident_id}", "P", "Get one incident."),
-        Tool("get_incident_timeline", "GET /incidents/{incident_id}/timeline", "P",
+        Tool(READ, "get_incident", "GET /incidents/{incident_id}", "P", "Get one incident."),
+        Tool(READ, "get_incident_timeline", "GET /incidents/{incident_id}/timeline", "P",
              "Get what happened in an incident, in order."),
-        Tool("create_incident", "POST /incidents", f"title* severity:{LEVELS}* description service:app P",
+        Tool(WRITE, "create_incident", "POST /incidents", f"title* severity:{LEVELS}* description service:app P",
              "Open an incident."),
-        Tool("update_incident", "PUT /incidents/{incident_id}", f"status:{INCIDENT} severity:{LEVELS} P",
+        Tool(WRITE, "update_incident", "PUT /incidents/{incident_id}", f"status:{INCIDENT} severity:{LEVELS} P",
              "Change an incident's status or severity."),
-        Tool("add_incident_activity", "POST /incidents/{incident_id}/activities",
+        Tool(WRITE, "add_incident_activity", "POST /incidents/{incident_id}/activities",
              "message* type:note|status_change|action=note P",
              "Add a note, status change or action to an incident's timeline."),
     ],
     "alerts": [
-        Tool("list_alert_rules", "GET /alerts/rules", f"status:active|inactive|firing|pending severity:{LEVELS} N=50 P",
-             "List alert rules."),
-        Tool("get_alert_rule", "GET /alerts/rules/{rule_id}", "P", "Get one alert rule."),
-        Tool("list_alert_history", "GET /alerts/history", "rule_id status:firing|resolved T* N=100 P",
+        Tool(READ, "list_alert_rules", "GET /alerts/rules",
+             f"status:active|inactive|firing|pending severity:{LEVELS} N=50 P", "List alert rules."),
+        Tool(READ, "get_alert_rule", "GET /alerts/rules/{rule_id}", "P", "Get one alert rule."),
+        Tool(READ, "list_alert_history", "GET /alerts/history", "rule_id status:firing|resolved T* N=100 P",
              "List when alerts fired and resolved."),
-        Tool("list_contact_points", "GET /alerts/contacts", "P", "List where alerts are sent."),
-        Tool("create_alert_rule", "POST /alerts/rules",
+        Tool(READ, "list_contact_points", "GET /alerts/contacts", "P", "List where alerts are sent."),
+        Tool(WRITE, "create_alert_rule", "POST /alerts/rules",
              f"name* query:condition* severity:{LEVELS}* interval=1m description P", "Create an alert rule."),
-        Tool("update_alert_rule", "PUT /alerts/rules/{rule_id}",
+        Tool(WRITE, "update_alert_rule", "PUT /alerts/rules/{rule_id}",
              f"name description query:condition severity:{LEVELS} enabled P",
              "Change, enable or disable an alert rule."),
-        Tool("delete_alert_rule", "DELETE /alerts/rules/{rule_id}", "P", "Delete an alert rule. Cannot be undone."),
+        Tool(WRITE, "delete_alert_rule", "DELETE /alerts/rules/{rule_id}", "P",
+             "Delete an alert rule. Cannot be undone."),
     ],
     "ai": [
-        Tool("chat_to_query", "POST /ai/chat-to-query", "question* query_type:logs|traces|metrics P",
+        Tool(READ, "chat_to_query", "POST /ai/chat-to-query", "question* query_type:logs|traces|metrics P",
              "Let Obtrace's AI turn a question into a query; it is not run."),
-        Tool("root_cause_analysis", "POST /ai/root-cause", "incident_id trace_id service symptoms T* P",
+        Tool(READ, "root_cause_analysis", "POST /ai/root-cause", "incident_id trace_id service symptoms T* P",
              "Let Obtrace's AI find the likely cause of an incident, trace or symptom. Slow."),
-        Tool("summarize", "POST /ai/summarize", "service focus:errors|latency|throughput|overall T* P",
+        Tool(READ, "summarize", "POST /ai/summarize", "service focus:errors|latency|throughput|overall T* P",
              "Let Obtrace's AI summarize the health of a service or project. Slow."),
-        Tool("autofix", "POST /ai/autofix",
+        Tool(WRITE, "autofix", "POST /ai/autofix",
              "incident_id error_log service language:go|typescript|python|java|csharp|ruby|php P",
              "Let Obtrace's AI write a code fix for an incident or error."),
     ],
     "projects": [
-        Tool("list_projects", "GET /projects", "N=50", "List the projects that the API key sees."),
-        Tool("get_project", "GET /projects/{project_id}", "P", "Get one project."),
-        Tool("list_apps", "GET /projects/{project_id}/apps", "P N=50", "List a project's connected apps."),
-        Tool("list_teams", "GET /teams", "N=50", "List teams."),
-        Tool("list_users", "GET /users", "N=50", "List users."),
+        Tool(READ, "list_projects", "GET /projects", "N=50", "List the projects that the API key sees."),
+        Tool(READ, "get_project", "GET /projects/{project_id}", "P", "Get one project."),
+        Tool(READ, "list_apps", "GET /projects/{project_id}/apps", "P N=50", "List a project's connected apps."),
+        Tool(READ, "list_teams", "GET /teams", "N=50", "List teams."),
+        Tool(READ, "list_users", "GET /users", "N=50", "List users."),
     ],
     "replay": [
-        Tool("list_replay_sessions", "GET /replay/sessions", "user_id service:app has_error T N=50 P",
+        Tool(READ, "list_replay_sessions", "GET /replay/sessions", "user_id service:app has_error T N=50 P",
              "List recorded user sessions."),
-        Tool("get_replay_session", "GET /replay/sessions/{session_id}", "P", "Get one recorded session."),
-        Tool("get_replay_events", "GET /replay/sessions/{session_id}/events",
+        Tool(READ, "get_replay_session", "GET /replay/sessions/{session_id}", "P", "Get one recorded session."),
+        Tool(READ, "get_replay_events", "GET /replay/sessions/{session_id}/events",
              "event_type:click|navigation|error|network|console N=200 P", "Get what the user did in a session."),
-        Tool("get_replay_errors", "GET /replay/sessions/{session_id}/errors", "P",
+        Tool(READ, "get_replay_errors", "GET /replay/sessions/{session_id}/errors", "P",
              "Get the errors that the user met in a session."),
     ],
     "search": [
-        Tool("global_search", "GET /search", "query:phrase* types:logs|traces|metrics|dashboards|incidents T N=10 P",
+        Tool(READ, "global_search", "GET /search",
+             "query:phrase* types:logs|traces|metrics|dashboards|incidents T N=10 P",
              "Search across logs, traces, metrics, dashboards and incidents. For a name whose kind is unknown."),
-        Tool("generate_deeplink", "POST /deeplinks",
+        Tool(READ, "generate_deeplink", "POST /deeplinks",
              "type:logs|traces|metrics|dashboard|incident|replay* resource_id query:phrase T P",
              "Make a link into Obtrace's UI for the user."),
     ],
