@@ -80,6 +80,9 @@ if TYPE_CHECKING:
 
 __version__ = "1.3.0"
 
+if sys.version_info < (3, 10):  # noqa: UP036  # a copied file has no installer that would refuse it
+    raise SystemExit("mcp-obtrace: Python 3.10 or newer is needed")
+
 
 class ConfigError(Exception):
     """One sentence for the operator. It names the variable or flag, and never repeats its value."""
@@ -165,8 +168,8 @@ COMPLAINTS: list[tuple[str, str, str]] = [
     ("url", r"^(?!\w+://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[1-9]\d{0,4})?(/|$))", "has no valid host or port"),
     ("url", r"[^\w.~!$&'()*+,;=:%/\[\]-]", "contains a character that a URL cannot hold"),
     ("flag", r"^(?!(?i:true|1|yes|false|0|no|)$)", "is neither true nor false"),
-    ("seconds", r"^(?!\d{0,4}(\.\d{1,9})?$)", "is not a number of seconds such as 30"),
-    ("characters", r"^(?!\d{0,8}$)", "is not a whole number of characters such as 50000"),
+    ("seconds", r"^(?!\d{0,9}(\.\d{1,9})?$)", "is not a number of seconds such as 30"),
+    ("characters", r"^(?!\d{0,9}$)", "is not a whole number of characters such as 50000"),
     ("span", r"^(?!([1-9]\d{0,3}[smhdw])?$)", "is not a span of time such as 24h or 30d (s, m, h, d, w)"),
 ]  # fmt: skip
 RANGES = {"seconds": (0.001, 3600.0), "characters": (1000, MAX_BODY)}
@@ -210,8 +213,9 @@ class Secret:
 
     def read(self) -> str:
         """The secret as it is now; a file is read again, so a rotated secret needs no restart."""
-        text = read_file(self.source, self.given) if self.source.endswith("_FILE") else self.given
-        return check_value(self.source, text, self.kind)
+        if self.source.endswith("_FILE"):
+            return check_value(f"the file in {self.source}", read_file(self.source, self.given), self.kind)
+        return check_value(self.source, self.given, self.kind)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -223,14 +227,16 @@ class Config:
     api_key_file: Annotated[str, "path", "file that holds the key; it is read for each request"] = ""
     tenant_id: Annotated[str, "header", "tenant that every request is limited to"] = ""
     project_id: Annotated[str, "header", "project, unless a call names another"] = ""
-    tls_ca_cert: Annotated[str, "path", "PEM file of the only CAs to trust (default: the system's and certifi's)"] = ""
+    tls_ca_cert: Annotated[str, "path", "PEM file of CAs to trust instead of the system's and certifi's"] = ""
     tls_client_cert: Annotated[str, "path", "PEM file of the client certificate, for mTLS"] = ""
     tls_client_key: Annotated[str, "path", "PEM file of its private key"] = ""
     tls_client_key_password: Annotated[str, "text", "password of the private key"] = ""
-    tls_insecure: Annotated[bool, "flag", "`true`: verify no certificate, allow `http://` to other machines"] = False
+    tls_insecure: Annotated[bool, "flag", "`true`: do not verify certificates, allow `http://` to other machines"] = (
+        False
+    )
     timeout: Annotated[float, "seconds", "seconds for a whole call (default 30)"] = 30.0
     # large clients cut a result at about 25,000 tokens
-    max_result_chars: Annotated[int, "characters", "characters of a result (default 50000)"] = 50_000
+    max_result_chars: Annotated[int, "characters", "longest result in characters, from 1000 (default 50000)"] = 50_000
     mcp_token: Annotated[Secret, "text", "bearer token that HTTP clients send; required beyond loopback"]
     mcp_token_file: Annotated[str, "path", "file that holds the token; it is read for each request"] = ""
     max_window: Annotated[str, "span", "longest time window of a call, such as `30d` (default: any)"] = ""
@@ -1210,8 +1216,8 @@ def proxy_of(url: str) -> dict[str, str]:
     user = "([^/?#@]*@)?" if target.scheme == "https" else "()"  # without TLS the answer could repeat the credentials
     match = re.fullmatch(rf"(?:http://)?{user}([\w.-]+|\[[0-9a-fA-F:.]+\])(?::(\d{{1,5}}))?/?", proxy, re.ASCII)
     if not match or int(match[3] or 80) > 65535:
-        form = "http://user:password@host:port" if target.scheme == "https" else "http://host:port"
-        raise ConfigError(f"{target.scheme.upper()}_PROXY is not {form} (with the password %-encoded)")
+        form = "user:password@host:port (with the password %-encoded)" if target.scheme == "https" else "host:port"
+        raise ConfigError(f"{target.scheme.upper()}_PROXY is not http://{form}")
     return {target.scheme: f"http://{match[1] or ''}{match[2]}:{match[3] or 80}"}
 
 
@@ -1344,7 +1350,7 @@ CAUSES: list[tuple[Any, str]] = [
 def cause_of(error: Exception, seconds: float, peer: str) -> str:
     """One clause on a failed exchange, and what to do about it; `peer` is the variable that names the other end."""
     if refused := re.match(r"Tunnel connection failed: (\d+)", str(error)):  # the rest is the proxy's own words
-        return f"the proxy in {peer} refused to connect (status {refused[1]}); check its credentials"
+        return f"the proxy in {peer} refused to connect (status {refused[1]}); check the proxy's credentials and rules"
     sentence = next(sentence for kinds, sentence in CAUSES if isinstance(error, kinds))
     return sentence.format(seconds=seconds, peer=peer, openssl=openssl(error), reason=visible(reason(error))[:200])
 
@@ -1781,6 +1787,7 @@ MAX_REQUEST = 1024 * 1024  # bytes of an HTTP request's body
 MAX_ARRIVAL = 10.0  # seconds until an HTTP request must be there as a whole
 MAX_STREAMS = 1000  # of the SSE transport
 GRACE = 1  # seconds that calls over HTTP have to finish after a signal
+SDK_NEEDED = "the package mcp 2.3 or newer, but not 3, is needed; install it with: pip install 'mcp>=2.3,<3' certifi"
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 HOST = r"((\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?)"  # as a Host header writes it, and within it without the port
 PATHS = {"streamable-http": "/mcp", "sse": "/sse"}
@@ -1821,6 +1828,7 @@ class Audit:
 
     def __init__(self, path: str, transport: str) -> None:
         self.path, self.transport = path, transport
+        self.running: dict[Call, str] = {}  # the tools of the calls that have no line yet
         self.failed = False
         try:
             if path not in ("", "stderr"):
@@ -1831,11 +1839,17 @@ class Audit:
 
     def add_call(self, tool: str, call: Call, outcome: Outcome | None) -> None:
         """Add a call; without an outcome it was cancelled."""
+        self.running.pop(call, None)
         self.add(
             tool=tool, write=TOOL_NAMES[tool].write, project=call.project, caller=call.caller, trace=call.trace[3:35],
             outcome="cancelled" if outcome is None else "failed" if outcome.failed else "ok",
             ms=round((time.monotonic() - call.made) * 1000), characters=len(outcome.text) if outcome else 0,
         )  # fmt: skip
+
+    def add_running(self) -> None:
+        """Add the calls that still run when the program ends."""
+        for call, tool in [*self.running.items()]:
+            self.add_call(tool, call, None)
 
     def add(self, **what: Any) -> None:
         """Add a line, without what is empty; the first that cannot be written is told."""
@@ -1948,8 +1962,7 @@ def import_sdk() -> None:
         from starlette.datastructures import Headers
         from starlette.responses import PlainTextResponse
     except ImportError as error:
-        install = "install it with: pip install 'mcp>=2.3,<3' certifi"
-        raise ConfigError(f"the package mcp 2.3 or newer, but not 3, is needed ({error}); {install}") from None
+        raise ConfigError(f"{SDK_NEEDED} ({error})") from None
     logging.disable()  # what the libraries would log holds what strangers sent
 
 
@@ -2010,6 +2023,7 @@ class Handlers:
             raise MCPError(types.INVALID_PARAMS, f"Unknown tool{nearest(params.name, self.toolbox.tools)}")
         trace = str((context.meta or {}).get("traceparent", ""))
         call = Call(self.toolbox.client.config.timeout, trace if TRACEPARENT.fullmatch(trace) else "")
+        self.toolbox.audit.running[call] = params.name
         outcome = None
         try:
             outcome = await self._run(context, params.name, params.arguments or {}, call)
@@ -2042,16 +2056,18 @@ class Handlers:
             future.cancel()  # it has no effect once a thread runs it
 
 
-def leave(status: int) -> NoReturn:
+def leave(status: int, audit: Audit | None = None) -> NoReturn:
     """Exit without waiting for threads, which may wait for the network or for standard input."""
     try:
+        if audit:
+            audit.add_running()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(status)
 
 
-async def serve_stdio(server: Server[Any]) -> NoReturn:
+async def serve_stdio(server: Server[Any], audit: Audit) -> NoReturn:
     """Serve one client on standard input and output until it leaves, or a signal comes.
 
     The SDK lets a client's first request decide for one protocol era, so that after a probe with `server/discover`
@@ -2061,10 +2077,10 @@ async def serve_stdio(server: Server[Any]) -> NoReturn:
 
     for number in SIGNALS:  # a plain handler would miss a signal that lands just before the loop sleeps
         with contextlib.suppress(NotImplementedError):  # Windows has nothing better
-            asyncio.get_running_loop().add_signal_handler(number, leave, 128 + number)
+            asyncio.get_running_loop().add_signal_handler(number, leave, 128 + number, audit)
     try:
         async with stdio_server() as (incoming, outgoing):
-            wire = Wire(incoming, outgoing)
+            wire = Wire(incoming, outgoing, audit)
             while not wire.ended:
                 messages: Any = wire.messages()
                 await server.run(messages, wire, server.create_initialization_options())
@@ -2072,15 +2088,15 @@ async def serve_stdio(server: Server[Any]) -> NoReturn:
     except Exception as error:  # a group of them, most likely because the client has closed the pipe
         if "BrokenPipeError" not in repr(error):
             tell(f"serving ended with {error!r}")
-        leave(1)
-    leave(0)
+        leave(1, audit)
+    leave(0, audit)
 
 
 class Wire:
     """The client's messages, and to the SDK the stream that answers are written to."""
 
-    def __init__(self, incoming: Any, outgoing: Any) -> None:
-        self.incoming, self.outgoing = incoming, outgoing
+    def __init__(self, incoming: Any, outgoing: Any, audit: Audit) -> None:
+        self.incoming, self.outgoing, self.audit = incoming, outgoing, audit
         self.waiting: set[str] = set()  # ids as text: the SDK takes 7 and "7" for the same
         self.probing, self.ended = True, False
 
@@ -2101,9 +2117,9 @@ class Wire:
                     await self.answered()
                     return
         except anyio.get_cancelled_exc_class():  # a write failed; the SDK would wait for the next line first
-            leave(1)
+            leave(1, self.audit)
         self.ended = True
-        asyncio.get_running_loop().call_later(DRAIN + 0.5, leave, 0)  # a client may not read its answers
+        asyncio.get_running_loop().call_later(DRAIN + 0.5, leave, 0, self.audit)  # a client may not read its answers
         with anyio.move_on_after(DRAIN):
             await self.answered()
 
@@ -2255,7 +2271,7 @@ async def serve_http(server: Server[Any], transport: str, door: Door, sockets: l
     )  # fmt: skip
     async with manager.run():
         await uvicorn.Server(config).serve(sockets)
-    leave(1)
+    leave(1, door.audit)
 
 
 def sse_routes(server: Server[Any]) -> Routes:
@@ -2556,8 +2572,8 @@ def diagnose(
     if own_key:
         keys.add(config.api_key.read())
     given = ", ".join(name for name in VARIABLES if environ.get(name, "").strip())
-    yield "the sample service (--demo)" if exchange else f"{given} from the environment, the rest by default{ignored}"
     Audit(config.audit_log, options.transport)  # raises if it cannot be written
+    yield "the sample service (--demo)" if exchange else f"{given} from the environment, the rest by default{ignored}"
     yield config.url + ("; certificates are NOT verified (OBTRACE_TLS_INSECURE)" if config.tls_insecure else "")
     target = urllib.parse.urlsplit(config.url)
     proxies = {} if exchange else proxy_of(config.url)
@@ -2571,16 +2587,31 @@ def diagnose(
     request = Request("--check", "GET", "/api/v1/projects")
     with deadline(config.timeout) as call:
         answer, read_at = client.send(request, call), time.time()
-    yield "in this program" if exchange else connection_of(answer)
+    yield "in this program" if exchange else connection_of(answer, is_loopback(target.hostname or ""))
     if answer.status == 404 and own_key:
         raise ObtraceError("what answers is not the Obtrace API; check host, port and path in OBTRACE_URL")
     if own_key and answer.status != 403 and read_answer(request, answer, config.api_key.source) is None:
         raise ObtraceError(f"{request.path} answered {answer.named} without data; check OBTRACE_URL")
-    limited = ", but it may not list projects" if answer.status == 403 else f", from {config.api_key.source}"
-    yield f"accepted{limited}" if own_key else "none of the server's own; each client has to send one"
+    limited = "not refused, but it may not list projects (403)" if answer.status == 403 else ""
+    yield (
+        limited or f"accepted, from {config.api_key.source}"
+        if own_key
+        else "none of the server's own; each client has to send one"
+    )
     yield scope_of(client) if own_key else "that of each caller"
     yield clock_of(answer, read_at)
+    if not re.match(r"2\.([3-9]|\d\d)", sdk_version()):
+        raise ConfigError(SDK_NEEDED)
     yield f"{tool_table(tools).splitlines()[-1]}; over {options.transport}{served_at(options, config)}"
+
+
+def sdk_version() -> str:
+    """The version of the MCP SDK, without loading it; empty if there is none."""
+    import importlib.metadata
+
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("mcp")
+    return ""
 
 
 def addresses_of(url: urllib.parse.SplitResult, peer: str) -> str:
@@ -2593,11 +2624,13 @@ def addresses_of(url: urllib.parse.SplitResult, peer: str) -> str:
     return f"{url.hostname} is {', '.join(dict.fromkeys(str(address[0]) for *_, address in found))}"
 
 
-def connection_of(answer: Answer) -> str:
+def connection_of(answer: Answer, loopback: bool) -> str:
     """The TLS that an answer came over."""
     version, certificate = answer.peer or ("", {})
+    if not version:
+        return "no TLS, which loopback does not need" if loopback else "NO TLS: anyone on the way can read the key"
     if not certificate:
-        return f"{version}, certificate not verified" if version else "no TLS, which is fine on loopback alone"
+        return f"{version}, certificate not verified"
     names = ", ".join(value for _, value in certificate.get("subjectAltName", ())) or "a name in its subject alone"
     issuer = dict(part[0] for part in certificate["issuer"])
     by = issuer.get("commonName") or issuer.get("organizationName") or "an unnamed CA"
@@ -2643,12 +2676,8 @@ def served_at(options: argparse.Namespace, config: Config) -> str:
 
 def check(options: argparse.Namespace, environ: Mapping[str, str], tools: Mapping[str, Tool]) -> int:
     """Print what is right, up to the first thing that is wrong; returns the exit status."""
-    import importlib.metadata
-
     keys = Keys()
-    sdk = "no MCP SDK, which serving needs"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        sdk = f"MCP SDK {importlib.metadata.version('mcp')}"
+    sdk = f"MCP SDK {sdk_version() or 'not found'}"
     print(f"mcp-obtrace {__version__}, {sdk}, Python {sys.version.split()[0]}, {ssl.OPENSSL_VERSION}, {sys.platform}")
     steps = diagnose(options, environ, tools, keys)
     for index, name in enumerate(STEPS):
@@ -2784,7 +2813,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     door = Door(options.allowed_hosts or "", config, audit) if options.transport != "stdio" else None
     sockets = listen(options.addr, door.token()) if door else []
     for number in SIGNALS:  # until the event loop takes them over; uvicorn raises them again when it has shut down
-        signal.signal(number, lambda number, _: leave(0 if door else 128 + number))
+        signal.signal(number, lambda number, _: leave(0 if door else 128 + number, audit))
     codecs.lookup("idna")  # else loaded at the first connection; for want of file descriptors it would fail for ever
     gc.disable()  # to look through what the SDK's imports make takes 5 to 10 per cent of the start
     import_sdk()
@@ -2796,7 +2825,7 @@ def run(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         announce(config, len(tools), options.transport, sockets)
     if door:
         return anyio.run(serve_http, server, options.transport, door, sockets)
-    return anyio.run(serve_stdio, server)
+    return anyio.run(serve_stdio, server, audit)
 
 
 def announce(config: Config, tools: int, transport: str, sockets: Sequence[socket.socket]) -> None:

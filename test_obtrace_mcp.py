@@ -1717,7 +1717,9 @@ def test_https_goes_through_the_proxy_s_tunnel(ca: trustme.CA, files: dict[str, 
         ("obtrace.test", None)
     }
     text, failed = asked(toolbox(environ | {"OBTRACE_URL": "https://deny.test"}))
-    assert failed and text.endswith(": the proxy in HTTPS_PROXY refused to connect (status 407); check its credentials")
+    assert failed and text.endswith(
+        ": the proxy in HTTPS_PROXY refused to connect (status 407); check the proxy's credentials and rules"
+    )
 
 
 @pytest.mark.parametrize(("host", "no_proxy", "used"), HOSTS)
@@ -2301,7 +2303,7 @@ BY_PROXY = {"URL": "http://obtrace.test", "TLS_INSECURE": "true", "HTTP_PROXY": 
 BIND, SHARED, SSE = {"MCP_TOKEN": TOKEN}, {"API_KEY": "", "MCP_TOKEN": TOKEN}, "--transport=sse --addr="
 CHECKS: list[tuple[str, str, dict[str, str], Reply, str]] = [  # a step, in capitals if it fails; flags, environment, answer; what is said
     ("served", "--demo --enable-write", {}, NONE, r"51 tools: 41 read, 10 write \(w\); over stdio"), ("scope", "--demo", {}, NONE, "project shop, which"),
-    ("key", "", {}, reply("{}", 403), "accepted, but it may not list projects"), ("key", f"{SSE}:0", SHARED, ANY, "none of the server's own"),
+    ("key", "", {}, reply("{}", 403), "not refused, but it may not list projects"), ("key", f"{SSE}:0", SHARED, ANY, "none of the server's own"),
     ("settings", "", {"APIKEY": "x"}, ANY, r"OBTRACE_URL, OBTRACE_API_KEY from .*; without effect: OBTRACE_APIKEY \(did you mean OBTRACE_API_KEY\?\)"),
     ("connection", "", BY_TLS, ANY, r"TLSv1.3, certificate for localhost issued by Sly\\u202eCA, \d{{3,}} days left"),
     ("files", "", BY_TLS, ANY, "trusted: {ca}; client certificate: {cert} with its key"), ("name", "", BY_PROXY, ANY, "127.0.0.1 is 127.0.0.1"),
@@ -2442,6 +2444,24 @@ def test_a_cancelled_call_and_one_from_the_shell_are_in_the_audit_log(tmp_path: 
     assert (called["outcome"], called["characters"], called["transport"]) == ("ok", 2, "call")
 
 
+@pytest.mark.parametrize("transport", ["stdio", *TRANSPORTS])
+def test_a_call_that_runs_at_the_end_is_in_the_audit_log(tmp_path: Path, service: Service, transport: str) -> None:
+    log, silence = tmp_path / "log", Silence()
+    service.replies, environ = [silence], service.environ | {"OBTRACE_AUDIT_LOG": str(log), "LIMITS": "DRAIN = 0.1"}
+    server: Any = Adjusted(**environ) if transport == "stdio" else Web(transport=transport, **environ)
+
+    def call() -> None:
+        with suppress(Exception):  # whatever a client makes of a server that leaves
+            server.call("list_teams") if transport == "stdio" else server.tool([])
+
+    with closing(server):
+        threading.Thread(target=call, daemon=True).start()
+        assert silence.begun.wait(PATIENCE)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(PATIENCE)
+    assert [line["outcome"] for line in lines_of(log)] == ["cancelled"]
+
+
 def test_over_http_callers_and_refusals_are_in_the_audit_log(tmp_path: Path) -> None:
     log, own = tmp_path / "log", {"OBTRACE_MCP_TOKEN": TOKEN, "OBTRACE_AUDIT_LOG": str(tmp_path / "log")}
     with closing(Web("--demo", **own)) as web:
@@ -2543,6 +2563,13 @@ def test_call_takes_a_repeated_name_as_a_list_and_prints_utf_8(service: Service)
     ended = run("--call", "search_logs", "text=a=b", "severity=ERROR", "severity=WARN", **service.environ, **odd)
     assert (ended.stdout.endswith('{"a":"日本"}}\n'), ended.stderr) == (True, "")
     assert sent(service.requests[0]).items() >= {"text": "a=b", "severity": ["ERROR", "WARN"]}.items()
+
+
+def test_check_tells_that_the_sdk_is_missing() -> None:
+    command = [sys.executable, "-S", str(HERE / "obtrace_mcp.py"), "--demo", "--check"]
+    ended = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=PATIENCE)
+    last = ended.stdout.splitlines()[-1]
+    assert ended.returncode == 1 and re.match(r"FAIL +served +the package mcp .* pip install 'mcp>=2.3,<3'", last)
 
 
 @pytest.mark.parametrize(("missing", "status"), [("mcp/__init__", 2), ("mcp_types", 2), ("certifi", 0)])
