@@ -2588,20 +2588,9 @@ def diagnose(
     with deadline(config.timeout) as call:
         answer, read_at = client.send(request, call), time.time()
     yield "in this program" if exchange else connection_of(answer, is_loopback(target.hostname or ""))
-    if answer.status == 404 and own_key:
-        raise ObtraceError("what answers is not the Obtrace API; check host, port and path in OBTRACE_URL")
-    if own_key and answer.status != 403 and read_answer(request, answer, config.api_key.source) is None:
-        raise ObtraceError(f"{request.path} answered {answer.named} without data; check OBTRACE_URL")
-    limited = "not refused, but it may not list projects (403)" if answer.status == 403 else ""
-    yield (
-        limited or f"accepted, from {config.api_key.source}"
-        if own_key
-        else "none of the server's own; each client has to send one"
-    )
+    yield key_of(request, answer, config)
     yield scope_of(client) if own_key else "that of each caller"
     yield clock_of(answer, read_at)
-    if not re.match(r"2\.([3-9]|\d\d)", sdk_version()):
-        raise ConfigError(SDK_NEEDED)
     yield f"{tool_table(tools).splitlines()[-1]}; over {options.transport}{served_at(options, config)}"
 
 
@@ -2638,6 +2627,19 @@ def connection_of(answer: Answer, loopback: bool) -> str:
     return f"{version}, certificate for {names} issued by {by}, {days:.0f} days left"
 
 
+def key_of(request: Request, answer: Answer, config: Config) -> str:
+    """What the service makes of the API key; raises ObtraceError if it refuses it."""
+    if not config.api_key.is_set:
+        return "none of the server's own; each client has to send one"
+    if answer.status == 403:
+        return "not refused, but it may not list projects (403)"
+    if answer.status == 404:
+        raise ObtraceError("what answers is not the Obtrace API; check host, port and path in OBTRACE_URL")
+    if read_answer(request, answer, config.api_key.source) is None:
+        raise ObtraceError(f"{request.path} answered {answer.named} without data; check OBTRACE_URL")
+    return f"accepted, from {config.api_key.source}"
+
+
 def scope_of(client: Client) -> str:
     """The tenant and the project; raises ObtraceError if the key does not see the project."""
     project, tenant = client.config.project_id, f"tenant {client.config.tenant_id or 'of the key'}"
@@ -2663,7 +2665,9 @@ def clock_of(answer: Answer, read_at: float) -> str:
 
 
 def served_at(options: argparse.Namespace, config: Config) -> str:
-    """Where HTTP would be served; raises ConfigError if it cannot be."""
+    """Where HTTP would be served; raises ConfigError if nothing can be served."""
+    if not re.match(r"2\.([3-9]|\d\d)", sdk_version()):
+        raise ConfigError(SDK_NEEDED)
     if options.transport == "stdio":
         return ""
     door = Door(options.allowed_hosts or "", config, Audit("", ""))
