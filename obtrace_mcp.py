@@ -622,7 +622,7 @@ def window_of(tool: Tool, values: dict[str, Any], given: Mapping[str, Any], now:
     """Complete and format the time window in the values; returns it as text, if there is one. Raises ObtraceError."""
     if tool.needs_window:
         values.setdefault("time_from", max(0, values["time_to"] - UNITS["h"]))
-    if longest and "time_from" in tool.args:
+    if longest and "time_from" in tool.args and (tool.method == "GET" or tool.needs_window):  # a link searches nothing
         earliest = max(0, values.get("time_to", now) - int(longest[:-1]) * UNITS[longest[-1]])
         if given.get("time_from") and values["time_from"] < earliest:
             allowed = f"longer than {longest}, which is the most that the operator allows (OBTRACE_MAX_WINDOW)"
@@ -967,7 +967,7 @@ class Keys:
 
     def remove(self, text: str) -> str:
         """The text without the keys."""
-        for _, pattern in self._known:
+        for _, pattern in sorted(self._known, key=lambda known: -len(known[0])):  # one may begin with another
             text = pattern.sub("[API key removed]", text)
         return text
 
@@ -1060,6 +1060,12 @@ class Call:
             self._connection = connection
             self._sock = connection.sock if connection else None  # http.client drops it before the body is read
         self.remaining()
+
+    def reach(self, connection: http.client.HTTPConnection, *where: Any) -> socket.socket:
+        """Connect, so that from then on `end` can close the socket: a proxy may drip its answer to CONNECT."""
+        connection.sock = socket.create_connection(*where)
+        self.use(connection)
+        return connection.sock
 
     def end(self) -> None:
         """Close the call's connection, whatever its thread waits for."""
@@ -1159,6 +1165,7 @@ class Transport(urllib.request.BaseHandler):
         try:
             call.use(connection)
             if connection.sock is None:
+                connection._create_connection = functools.partial(call.reach, connection)  # type: ignore[attr-defined]
                 connection.connect()
                 call.use(connection)
                 if isinstance(connection.sock, ssl.SSLSocket):
@@ -1248,9 +1255,12 @@ def read_body(response: http.client.HTTPResponse, call: Call) -> str:
         size += len(chunks[-1])
         if max(size, received) > MAX_BODY:
             raise ObtraceError(f"the answer is larger than {MAX_BODY >> 20} MiB; {FEWER}")
-    if response.length or (inflate and received and not inflate.eof):
+    # http.client takes headers that break off for complete: then there is no length, no chunk and no body
+    broken_off = not received and response.length is None and not response.chunked and response.status < 300
+    if broken_off or response.length or (inflate and received and not inflate.eof):
         raise http.client.IncompleteRead(b"")
-    return b"".join(chunks).decode("utf-8", "replace").removeprefix("\ufeff")
+    text = b"".join(chunks).decode("utf-8", "replace")
+    return text.removeprefix("\ufeff").replace("\0", "")  # a key in UTF-16 would not be recognised
 
 
 class Client:
@@ -1604,7 +1614,8 @@ def rows_of(data: Any, request: Request) -> list[Any] | None:
     beside = {"meta", "columns", *TOOL_NAMES[request.tool].args}
     lists = [item for name, item in data.items() if isinstance(item, list) and name not in beside]
     inner = (rows_of(item, request) for item in data.values() if isinstance(item, dict))
-    return max(lists, key=len) if lists else next((rows for rows in inner if rows is not None), None)
+    likeliest = max(lists, key=lambda rows: (any(isinstance(row, dict) for row in rows), len(rows)), default=None)
+    return next((rows for rows in (likeliest, *inner) if rows is not None), None)
 
 
 def keep_fields(data: Any, request: Request) -> None:
@@ -1841,7 +1852,8 @@ class Audit:
         """Add a call; without an outcome it was cancelled."""
         self.running.pop(call, None)
         self.add(
-            tool=tool, write=TOOL_NAMES[tool].write, project=call.project, caller=call.caller, trace=call.trace[3:35],
+            tool=tool, write=TOOL_NAMES[tool].write, project=call.project[:100],  # short lines never block a pipe
+            caller=call.caller, trace=call.trace[3:35],
             outcome="cancelled" if outcome is None else "failed" if outcome.failed else "ok",
             ms=round((time.monotonic() - call.made) * 1000), characters=len(outcome.text) if outcome else 0,
         )  # fmt: skip
@@ -1860,7 +1872,7 @@ class Audit:
             self._append(json.dumps({name: value for name, value in line.items() if value != ""}) + "\n")
             self.failed = False
         except OSError as error:
-            if not self.failed and self.path != "stderr":
+            if not self.failed and self.path != "stderr" and self._stderr_is_read():
                 with contextlib.suppress(OSError):
                     tell(f"OBTRACE_AUDIT_LOG cannot be written ({reason(error)}); calls go on without it")
             self.failed = True
@@ -1869,7 +1881,7 @@ class Audit:
         """Open the file anew, since it may have been rotated away, and never wait; raises OSError."""
         if self.path != "stderr":
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
-        elif os.name == "nt" or select.select([], [sys.stderr], [], 0)[1]:
+        elif self._stderr_is_read():
             file = os.dup(sys.stderr.fileno())
         else:
             raise BlockingIOError(0, "nobody reads it")
@@ -1877,6 +1889,11 @@ class Audit:
         with open(file, "wb", buffering=0) as unbuffered:
             if unbuffered.write(data) != len(data):
                 raise OSError(0, "the disk is full")
+
+    @staticmethod
+    def _stderr_is_read() -> bool:
+        """Whether standard error takes a line without a wait; Windows does not tell."""
+        return os.name == "nt" or bool(select.select([], [sys.stderr], [], 0)[1])
 
 
 class Toolbox:
@@ -1893,7 +1910,7 @@ class Toolbox:
         client = self.client
         try:
             client = client.for_caller(headers)
-            call.caller, call.project = client.fingerprint(), client.config.project_id
+            call.caller, call.project = client.fingerprint(), client.keys.remove(client.config.project_id)
             if name not in self.tools:
                 if TOOL_NAMES[name].write and not client.enable_write:
                     raise ObtraceError(f"{name} would change something; {READ_ONLY}")
@@ -2053,7 +2070,6 @@ class Handlers:
             return Outcome(f"{name} got no result: {cause_of(TimeoutError(), call.seconds, '')}", failed=True)
         finally:
             call.end()
-            future.cancel()  # it has no effect once a thread runs it
 
 
 def leave(status: int, audit: Audit | None = None) -> NoReturn:
@@ -2167,10 +2183,12 @@ class Door:
 
     def token(self) -> str:
         """The bearer token as it is now, if there is one; raises ConfigError if it is not usable."""
-        token, api_key = self.config.mcp_token, self.config.api_key
-        if token.is_set and api_key.is_set and token.read() == api_key.read():
+        token, api_key = self.config.mcp_token.read() if self.config.mcp_token.is_set else "", ""
+        with contextlib.suppress(ConfigError):  # callers may have keys of their own
+            api_key = self.config.api_key.read()
+        if token and token == api_key:
             raise ConfigError("OBTRACE_MCP_TOKEN is the API key; use a token that was made for this server alone")
-        return token.read() if token.is_set else ""
+        return token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the route, or with the reason why not."""
@@ -2332,7 +2350,7 @@ def patient_protocol() -> type[asyncio.Protocol]:
 # It answers in place of the network (see Exchange). Nothing above depends on this section.
 
 DEMO_PROJECT = "shop"
-DEMO_STEPS = 10**8  # of SQLite's virtual machine, for one query
+DEMO_SECONDS = 1.0  # for one query
 DEMO_TABLES = {
     "logs": "Timestamp TraceId ServiceName ResourceAttributes SeverityText Body",
     "traces": "Timestamp TraceId ServiceName ResourceAttributes SpanId ParentSpanId SpanName Duration StatusCode",
@@ -2523,7 +2541,8 @@ class Demo:
             for name, *values in (row.values() for row in self.rows(given)):
                 if name in DEMO_TABLES:
                     db.execute(f"INSERT INTO otel_{name} VALUES ({', '.join('?' * len(values))})", values)
-            db.set_progress_handler(lambda: True, DEMO_STEPS)
+            until = time.monotonic() + DEMO_SECONDS
+            db.set_progress_handler(lambda: time.monotonic() > until, 1000)
             if "query" in given:  # the model's own
                 db.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in reads else sqlite3.SQLITE_DENY)
             try:

@@ -493,7 +493,7 @@ def test_the_last_hour_is_sent_where_the_service_wants_a_window(tool: str) -> No
     ("list_incidents", "30d", {}, {"time_from": "2025-12-03T03:00:00Z"}), ("list_incidents", "30d", {"time_from": "now-30d"}, {"time_from": "2025-12-03T03:00:00Z"}),
     ("list_incidents", "2w", {"time_to": "2026-01-01"}, {"time_from": "2025-12-18T00:00:00Z", "time_to": "2026-01-01T00:00:00Z"}),
     ("summarize", "30d", {}, {"time_from": "2026-01-02T02:00:00Z", "time_to": "2026-01-02T03:00:00Z"}), ("get_trace", "1h", {"trace_id": "x"}, {}),
-    ("summarize", "15m", {}, {"time_from": "2026-01-02T02:45:00Z", "time_to": "2026-01-02T03:00:00Z"}), ("list_teams", "1h", {}, {}),
+    ("summarize", "15m", {}, {"time_from": "2026-01-02T02:45:00Z", "time_to": "2026-01-02T03:00:00Z"}), ("list_teams", "1h", {}, {}), ("generate_deeplink", "1h", {"type": "logs"}, {}),
     ("list_incidents", "9999w", {}, {"time_from": "1970-01-01T00:00:00Z"}), ("list_incidents", "30d", {"time_from": "1970-01-01"}, "30d"),
     ("query_logs", "1h", {"query": "SELECT 1", "time_from": "2020-01-01T00:00", "time_to": "2020-01-01T01:00:01"}, "1h"),
     ("search_logs", "30d", {"text": "x", "time_from": "now-30d", "time_to": "now+1s"}, "30d")])  # fmt: skip
@@ -1052,6 +1052,7 @@ ANSWERS: dict[str, tuple[Reply, str]] = {  # and what the model reads: all of th
     "no gzip": (reply(b"xyz", Content_Encoding="gzip"), "its gzip data is damaged"), "SSH": (raw(b"SSH-2.0-x\r\n"), "the answer is not valid HTTP; check"),
     "Brotli": (reply(b"x", Content_Encoding="br"), "unsupported Content-Encoding"), "many": (raw(OK, *[b"X: b\r\n"] * 200), "the answer is not valid HTTP"),
     "broken": (SHORT, "the connection broke before the answer was complete; try again"),
+    "broken headers": (raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Len"), "the connection broke before the answer was complete; try"),
 } | {
     f"{status}": (reply("", status, Location=f"/x?{KEY}"), f'{status} {http.client.responses[status]}, a redirect to "/x?[API key removed]", which is not')
     for status in (300, 301, 302, 303, 304, 307, 308)
@@ -1085,6 +1086,7 @@ ECHOES: list[tuple[Callable[[str], Reply], str]] = [
     (lambda form: reply(form, 400), 'Bad Request: "[API key removed]"; check'),
     (lambda form: reply(f"<title>{form}</title>", 500), 'gateway: [API key removed]"; the'),
     (lambda form: reply("", 302, Location=f"http://x/{form}"), 'redirect to "http://x/[API key removed]", which'),
+    (lambda form: reply(form.encode("utf-16-le")), ' that is not JSON: "[API key removed]"; the operator'),
     (lambda form: reply("hi", Content_Type=form), 'with "[API key removed]" that is not JSON'),
 ]
 SHARING = {"get get get": "aaa", "get create_incident get create_incident": "abac",  # calls and the connections that they take
@@ -1098,7 +1100,9 @@ def test_the_data_is_passed_on_or_the_error_told_with_what_was_asked_and_what_to
     text, failed = call(service, "list_teams")
     said = rf"GET /api/v1/teams (answered|got no answer from 127.0.0.1:{service.port}:) .*{re.escape(expected)}"
     assert (re.match(said, text) if failed else text == expected) and failed == (expected[0] not in '{["')
-    assert len(service.requests) == (4 if answer in ("429", "429 soon", "429 before", "503", "broken") else 1)
+    assert len(service.requests) == (
+        4 if answer in ("429", "429 soon", "429 before", "503", "broken", "broken headers") else 1
+    )
 
 
 @pytest.mark.parametrize("broken", AGAIN)
@@ -1841,8 +1845,8 @@ def test_the_time_of_a_call_begins_with_its_turn(service: Service) -> None:
     late = raw(b"", b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}", pause=1.1)
     service.replies = [late]
     with closing(Adjusted(**service.environ, OBTRACE_TIMEOUT="2", LIMITS="CALLS_AT_ONCE = 1")) as process:
-        numbers = [process.start("list_teams") for _ in range(2)]
-        assert [process.answer(number)["result"]["content"][0]["text"] for number in numbers] == ["{}"] * 2
+        numbers = [process.start("list_teams") for _ in range(3)]
+        assert [process.answer(number)["result"]["content"][0]["text"] for number in numbers] == ["{}"] * 3
 
 
 def test_a_call_ends_in_time_though_its_thread_does_not(service: Service) -> None:
@@ -2468,14 +2472,17 @@ def test_over_http_callers_and_refusals_are_in_the_audit_log(tmp_path: Path) -> 
         for key in ("obt_demo_ann", "obt_demo_bob", "obt_demo_ann"):
             web.tool([WITH_TOKEN, ("X-Obtrace-API-Key", key)])
         web.tool([WITH_TOKEN])
+        swapped = [("X-Obtrace-API-Key", "obt_demo_ann"), ("X-Obtrace-Project-ID", "obt_demo_ann" + "x" * 4000)]
+        assert web.tool([WITH_TOKEN, *swapped], ERAS[1], "get_trace")[1]
         for path, headers in ROUTES_REFUSED:
             web.client.get(path, headers=headers)
         web.end_by(signal.SIGTERM)
     lines = lines_of(log)
     calls = [line for line in lines if "tool" in line]
     ann, bob = (hashlib.sha256(key).hexdigest()[:8] for key in (b"obt_demo_ann", b"obt_demo_bob"))
-    assert [line["caller"] for line in calls] == [ann, bob, ann, OWN["caller"]]
-    assert {(line["transport"], line["outcome"]) for line in calls} == {("streamable-http", "ok")}
+    assert [line["caller"] for line in calls] == [ann, bob, ann, OWN["caller"], ann]
+    assert {(line["transport"], line["outcome"]) for line in calls[:-1]} == {("streamable-http", "ok")}
+    assert calls[-1]["project"] == "[API key removed]" + "x" * 83
     refused = [(line["status"], line["reason"]) for line in lines if line["outcome"] == "refused"]
     assert [status for status, _ in refused] == [401, 403, 421, 404]
     assert "OBTRACE_MCP_TOKEN" in refused[0][1]
@@ -2509,9 +2516,14 @@ def test_an_audit_log_that_cannot_be_written_fails_no_call_and_is_told_once(tmp_
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX pipes")
-def test_a_client_that_does_not_read_the_audit_log_on_stderr_gets_its_answers() -> None:
+@pytest.mark.parametrize("log", ["stderr", "folder/log"])
+def test_a_client_that_does_not_read_standard_error_gets_its_answers(tmp_path: Path, log: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    log = log if log == "stderr" else str(tmp_path / log)
     full = "os.set_blocking(2, False)\nwhile True:\n try: os.write(2, b' ')\n except BlockingIOError: break\nos.set_blocking(2, True)"
-    with closing(Adjusted("--demo", OBTRACE_AUDIT_LOG="stderr", FIRST=full)) as process:
+    with closing(Adjusted("--demo", OBTRACE_AUDIT_LOG=log, FIRST=full)) as process:
+        folder.rename(tmp_path / "away")
         assert not process.call("list_teams")[1]
 
 
@@ -2565,9 +2577,11 @@ def test_call_takes_a_repeated_name_as_a_list_and_prints_utf_8(service: Service)
     assert sent(service.requests[0]).items() >= {"text": "a=b", "severity": ["ERROR", "WARN"]}.items()
 
 
-def test_check_tells_that_the_sdk_is_missing() -> None:
-    command = [sys.executable, "-S", str(HERE / "obtrace_mcp.py"), "--demo", "--check"]
-    ended = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, timeout=PATIENCE)
+@pytest.mark.parametrize("version", ["1.30.0", "2.2.9", "3.0.0"])
+def test_check_tells_of_an_sdk_that_cannot_serve(tmp_path: Path, version: str) -> None:
+    (tmp_path / "mcp-0.dist-info").mkdir()
+    (tmp_path / "mcp-0.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mcp\nVersion: {version}\n")
+    ended = run("--demo", "--check", PYTHONPATH=str(tmp_path))
     last = ended.stdout.splitlines()[-1]
     assert ended.returncode == 1 and re.match(r"FAIL +served +the package mcp .* pip install 'mcp>=2.3,<3'", last)
 
