@@ -14,7 +14,7 @@ variables and flags. The file reads from top to bottom in the order in which dat
 
     text helpers             quote what others wrote, make invisible characters visible
     configuration            the OBTRACE_* variables, one row each
-    tools                    the 51 tools, one row each; all but GET and four requests write
+    tools                    the 51 tools, one row each: whether it writes, its request, its arguments
     from a call to a request check the arguments, and build the request that they ask for
     read-only SQL            the guard: which statements and functions a query may hold
     the API client           where the key is sent, and removed from what comes back
@@ -94,7 +94,7 @@ class ObtraceError(Exception):
 
 # ---------------------------------------------------------------- text helpers
 
-# What a person cannot see but a model reads, or the other way round: control, format (bidi,
+# What a person does not see but a model reads, or what changes the order of the text: control, format (bidi,
 # zero-width, tags), surrogate and private-use characters, line separators, variation selectors.
 INVISIBLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160"
@@ -206,11 +206,6 @@ class Secret:
     given: str = ""
     kind: str = "secret"
 
-    @property
-    def is_set(self) -> bool:
-        """Whether it was given at all."""
-        return bool(self.given)
-
     def read(self) -> str:
         """The secret as it is now; a file is read again, so a rotated secret needs no restart."""
         if self.source.endswith("_FILE"):
@@ -220,7 +215,7 @@ class Secret:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Config:
-    """What the environment says: OBTRACE_URL is `url`, and so on. With each type come its kind and its meaning."""
+    """The OBTRACE_* variables: OBTRACE_URL is `url`, and so on. Each has a type, a kind (see COMPLAINTS), a meaning."""
 
     url: Annotated[str, "url", "base URL of the Obtrace API, such as `https://api.obtrace.ai` (required)"]
     api_key: Annotated[Secret, "text", "API key (required, this or the next)"]
@@ -256,7 +251,7 @@ class Config:
             if file and name in values:
                 raise ConfigError(f"{source} and {source}_FILE are both set; set only one of them")
             secret = Secret(f"{source}_FILE", file, kind) if file else Secret(source, values.get(name, ""), kind)
-            if secret.is_set or needs_key and name == "api_key":
+            if secret.given or needs_key and name == "api_key":
                 secret.read()
             values[name] = secret
         config = cls(**values | {"url": values["url"].rstrip("/")})
@@ -399,7 +394,7 @@ class Tool:
         if write == (self.method == "GET" or READS_THAT_POST.get(name) == f"{self.method} {self.path}"):
             raise TypeError(f"{name}: its row contradicts itself")
         self.in_path = re.findall(r"\{(\w+)\}", path)
-        # required, but for a project_id that the notation names again: it may be configured
+        # what stands in the path is required, but for a project_id that the notation names again: it may be configured
         self.args = arguments_of(" ".join([*(f"{name}*" for name in self.in_path), notation]))
         self.needs_window = "T*" in notation.split()
 
@@ -576,7 +571,7 @@ MEANT |= {"port": "--addr", "host": "--addr", "http": "--transport", "stdio": "-
 
 @dataclass(frozen=True)
 class Request:
-    """One request to the Obtrace API, complete but for the API key; and what the note on its answer needs to know."""
+    """One request to the Obtrace API, without its headers; and what the note on its answer needs to know."""
 
     tool: str
     method: str
@@ -752,7 +747,7 @@ def format_time(instant: int) -> str:
 # The query tools only read, whatever --enable-write says. The guard does not guess where a table
 # may stand, since ClickHouse's grammar has too many such places. Whatever is called like a
 # function, anywhere, or applied by its bare name (APPLY f, arrayMap(f, ...)), must be on the list
-# below, and no quoted table may be named like a file. So nothing reaches a file, another host,
+# below, and no quoted table may be named like a file. So no function reaches a file, another host,
 # a dictionary or a model. SQL that could be tokenised in two ways is refused.
 
 # Functions that only compute from their arguments, and generators of rows: regular expressions
@@ -861,7 +856,7 @@ def check_sql(query: str) -> str:
     if not opening:
         raise ValueError(f"it is not a read-only statement; {SQL_ACCEPTED}")
     end = Token("end", "")
-    padded = [end, end, *tokens[opening[0].startswith("SHOW CREATE") and 3 :], end]
+    padded = [end, end, *tokens[opening[0].startswith("SHOW CREATE") and 2 :], end]
     levels = [Level("")]
     for i in range(2, len(padded) - 1):
         check_call(padded, i)
@@ -914,9 +909,10 @@ def check_file(tokens: Sequence[Token], i: int, level: Level) -> None:
     before = tokens[first].text if tokens[first].kind in ("word", "sign") else ""
     leads = before in ("FROM", "JOIN", "TABLE", "DESCRIBE", "DESC", "IN", ".")  # a dot: too many to look further
     listed = before in (",", "(") and (level.tables or kind == "name" and level.called)
+    named = kind == "name" and first == i - 1 and tokens[i + 1].text == "AS"  # FROM can use the alias
     ending = text.rpartition(".")[2][:30].lower() if "." in text else ""
     like_a_file = re.search(r"[/\\*?{]", text) or leads and "." in text or SQL_ENDING.fullmatch(ending)
-    if (leads or listed) and like_a_file:
+    if (leads or listed or named) and like_a_file:
         raise ValueError(f"the name {quote(text)} could be read as a file; use a plain table")
 
 
@@ -930,8 +926,9 @@ def check_level(tokens: Sequence[Token], i: int, levels: list[Level]) -> None:
         called = before.kind == "name" or before.kind == "word" and before.text not in SQL_KEYWORDS - {"IN"}
         name = before.text.lower() if called and text == "(" else ""
         wants_lambda = re.match("(array|map).", name) and not SQL_WITHOUT_LAMBDA.fullmatch(name)
-        inherits = level.tables and text == "(" and not called
-        levels.append(Level(text, called, inherits, name if wants_lambda else ""))
+        plain = text == "(" and not called  # ClickHouse drops such brackets
+        inside = called or plain and level.called
+        levels.append(Level(text, inside, plain and level.tables, name if wants_lambda else ""))
     elif text in ")]}" and levels.pop().opener + text not in ("()", "[]", "{}"):
         raise ValueError("its brackets do not match")
     elif text == "-" and tokens[i + 1] == Token("sign", ">"):
@@ -955,7 +952,7 @@ BROKEN = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError, http.cl
 
 
 class Keys:
-    """The API keys that were read last; `remove` takes them out of whatever leaves the process."""
+    """The API keys that were read last; `remove` takes them out of a text."""
 
     def __init__(self) -> None:
         self._known: tuple[tuple[str, re.Pattern[str]], ...] = ()  # replaced as a whole: threads share it
@@ -1038,7 +1035,6 @@ class Call:
         self.caller = self.project = ""  # whose key it uses, and on what; for the audit log
         self.made = time.monotonic()
         self.ended = threading.Event()
-        self._connection: http.client.HTTPConnection | None = None
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
         self.begin()
@@ -1054,27 +1050,25 @@ class Call:
             raise TimeoutError
         return left
 
-    def use(self, connection: http.client.HTTPConnection | None) -> None:
-        """Name the connection that `end` has to close."""
+    def use(self, sock: socket.socket | None) -> None:
+        """Name the socket that `end` has to shut down; raises TimeoutError if the call was ended."""
         with self._lock:
-            self._connection = connection
-            self._sock = connection.sock if connection else None  # http.client drops it before the body is read
+            self._sock = sock  # http.client forgets it before the body is read
         self.remaining()
 
-    def reach(self, connection: http.client.HTTPConnection, *where: Any) -> socket.socket:
-        """Connect, so that from then on `end` can close the socket: a proxy may drip its answer to CONNECT."""
-        connection.sock = socket.create_connection(*where)
-        self.use(connection)
-        return connection.sock
+    def reach(self, *where: Any) -> socket.socket:
+        """Connect, so that from then on `end` can shut the socket: a proxy may drip its answer to CONNECT."""
+        sock = socket.create_connection(*where)
+        self.use(sock)
+        return sock
 
     def end(self) -> None:
-        """Close the call's connection, whatever its thread waits for."""
+        """Shut the call's socket, whatever its thread waits for."""
         self.ended.set()
-        with self._lock, contextlib.suppress(OSError):  # not connected
-            sock = self._sock or (self._connection.sock if self._connection else None)
-            if sock is not None:
+        with self._lock, contextlib.suppress(OSError):  # it may be closed already
+            if self._sock is not None:
                 # SSLSocket's own shutdown would drop the TLS state while the other thread reads
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True)
@@ -1163,11 +1157,11 @@ class Transport(urllib.request.BaseHandler):
     def _send(self, connection: http.client.HTTPConnection, request: HTTPRequest) -> Answer:
         call, headers = request.call, request.unredirected_hdrs
         try:
-            call.use(connection)
+            call.use(connection.sock)
             if connection.sock is None:
-                connection._create_connection = functools.partial(call.reach, connection)  # type: ignore[attr-defined]
+                connection._create_connection = call.reach  # type: ignore[attr-defined]
                 connection.connect()
-                call.use(connection)
+                call.use(connection.sock)
                 if isinstance(connection.sock, ssl.SSLSocket):
                     connection.sock.do_handshake()
             else:
@@ -1220,7 +1214,8 @@ def proxy_of(url: str) -> dict[str, str]:
     proxy = proxies.get(target.scheme, "")
     if not proxy or is_loopback(host) or urllib.request.proxy_bypass(target.netloc) or in_no_proxy(host, proxies):
         return {}
-    user = "([^/?#@]*@)?" if target.scheme == "https" else "()"  # without TLS the answer could repeat the credentials
+    # without TLS the answer could repeat the credentials; urllib sends none without a password
+    user = "([^/?#@:]+:[^/?#@]+@)?" if target.scheme == "https" else "()"
     match = re.fullmatch(rf"(?:http://)?{user}([\w.-]+|\[[0-9a-fA-F:.]+\])(?::(\d{{1,5}}))?/?", proxy, re.ASCII)
     if not match or int(match[3] or 80) > 65535:
         form = "user:password@host:port (with the password %-encoded)" if target.scheme == "https" else "host:port"
@@ -1257,7 +1252,7 @@ def read_body(response: http.client.HTTPResponse, call: Call) -> str:
             raise ObtraceError(f"the answer is larger than {MAX_BODY >> 20} MiB; {FEWER}")
     # http.client takes headers that break off for complete: then there is no length, no chunk and no body
     broken_off = not received and response.length is None and not response.chunked and response.status < 300
-    if broken_off or response.length or (inflate and received and not inflate.eof):
+    if broken_off or response.length or (inflate and received and (not inflate.eof or inflate.unused_data)):
         raise http.client.IncompleteRead(b"")
     text = b"".join(chunks).decode("utf-8", "replace")
     return text.removeprefix("\ufeff").replace("\0", "")  # a key in UTF-16 would not be recognised
@@ -1270,14 +1265,14 @@ class Client:
         self.config = config
         self.enable_write = enable_write
         self.keys = Keys()
-        if config.api_key.is_set:
+        if config.api_key.given:
             self.keys.add(config.api_key.read())
         self._exchange: Exchange = exchange or Transport(config).exchange
 
     def for_caller(self, headers: Iterable[tuple[str, str]]) -> Client:
         """The client under the key in an HTTP request's headers, if there is one; raises ConfigError."""
         config = self.config.for_caller(headers)
-        if not config.api_key.is_set:
+        if not config.api_key.given:
             raise ConfigError(f"this server has no API key of its own; send yours in the header {CALLER_HEADERS[0]}")
         if config is self.config:
             return self
@@ -1338,8 +1333,15 @@ class Client:
         elif isinstance(error, TimeoutError):
             error = ConnectionError(f"no connection within {CONNECT_TIMEOUT:g} s")
         peer = f"{url.scheme.upper()}_PROXY" if proxy_of(self.config.url) else "OBTRACE_URL"
-        cause = cause_of(error, call.seconds, peer)
+        doubt = unsure(request.tool) if isinstance(error, (TimeoutError, zlib.error, *BROKEN)) else ""
+        cause = cause_of(error, call.seconds, peer) + doubt
         return f"{request.method} {request.path[:200]} got no answer from {url.netloc}: {cause}"
+
+
+def unsure(tool: str) -> str:
+    """What to add where no answer tells whether a write was done."""
+    writes = tool in TOOL_NAMES and TOOL_NAMES[tool].write
+    return "; it may have been done all the same, so look before you repeat it" if writes else ""
 
 
 # Why there is no answer, the more special kinds of errors first, and what to do about it.
@@ -1401,6 +1403,7 @@ def read_answer(request: Request, answer: Answer, source: str) -> Any:
     if answer.status >= 400:
         other = "the service failed; try again later" if answer.status >= 500 else "check the arguments"
         advice = ADVICE.get(answer.status, other).format(source=source)
+        advice += unsure(request.tool) if answer.status >= 500 else ""
         wait = f" (retry after {answer.retry_after:.0f} s)" if answer.retry_after is not None else ""
         raise ObtraceError(f"{said}{quoted}; {advice}{wait}")
     if answer.status == 204 or not answer.text.strip():
@@ -1666,7 +1669,7 @@ def hint_on(request: Request, tools: Mapping[str, Tool]) -> str:
     category = next(name for name, row in TOOLS.items() if TOOL_NAMES[request.tool] in row)
     overview = OVERVIEWS.get(category, "list_apps")
     hints = [
-        "a longer time range, e.g. time_from=now-24h" if request.window else "",
+        "a longer or an earlier time range" if request.window else "",
         f"the call without {' or '.join(request.filters)}" if request.filters else "",
         "SELECT DISTINCT for how values are spelt" if is_sql else "",
         f"{overview} for what there is" if overview in tools and overview != request.tool else "",
@@ -1686,11 +1689,12 @@ def cut_note(request: Request, rows: Sequence[Any], kept: Sequence[Any], cuts: C
     start, _, end = request.window.partition(" to ")
     if end and 0 < len(kept) < len(rows):
         times = [time_of(row) for row in rows]
-        if times == sorted(times) and 0 < times[0] < times[-1]:
-            fewer += f", or go on with time_from={format_time(times[len(kept) - 1])} time_to={end}"
-        if times == sorted(times, reverse=True) and times[0] > times[-1] > 0:
+        last = times[len(kept) - 1]
+        if times == sorted(times) and 0 < times[0] < last:
+            fewer += f", or go on with time_from={format_time(last)} time_to={end}"
+        if times == sorted(times, reverse=True) and times[0] > last and times[-1] > 0:
             since = "" if start == "the beginning" else f"time_from={start} "
-            fewer += f", or go on with {since}time_to={format_time(times[len(kept) - 1])}"
+            fewer += f", or go on with {since}time_to={format_time(last)}"
     return f"Cut to {'; '.join(told[:3])}{more}. To see the rest, {fewer}."
 
 
@@ -1799,7 +1803,6 @@ MAX_ARRIVAL = 10.0  # seconds until an HTTP request must be there as a whole
 MAX_STREAMS = 1000  # of the SSE transport
 GRACE = 1  # seconds that calls over HTTP have to finish after a signal
 SDK_NEEDED = "the package mcp 2.3 or newer, but not 3, is needed; install it with: pip install 'mcp>=2.3,<3' certifi"
-LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 HOST = r"((\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?)"  # as a Host header writes it, and within it without the port
 PATHS = {"streamable-http": "/mcp", "sse": "/sse"}
 TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context, 3.2
@@ -1832,6 +1835,11 @@ class Outcome(NamedTuple):
 
     text: str
     failed: bool = False
+
+
+def too_late(tool: str, call: Call) -> str:
+    """What to say of a call whose time was over before there was a result."""
+    return f"{tool} got no result: {cause_of(TimeoutError(), call.seconds, '')}{unsure(tool)}"
 
 
 class Audit:
@@ -1919,7 +1927,7 @@ class Toolbox:
         except (ConfigError, ObtraceError) as error:
             text = str(error)
         except TimeoutError:  # while the answer was encoded
-            text = f"{name} got no result: {cause_of(TimeoutError(), call.seconds, '')}"
+            text = too_late(name, call)
         except RecursionError:
             text = f"{name} was answered with JSON that is nested too deeply to be shown"
         except Exception as error:  # a bug: tell its type, since its text may hold anything
@@ -2052,7 +2060,7 @@ class Handlers:
     async def _run(self, context: Any, name: str, given: Mapping[str, Any], call: Call) -> Outcome:
         """Run the call once a thread is free. The thread may look up a name or connect longer than the call lasts."""
         headers = context.request.headers.items() if context.request else ()  # none over stdio
-        call.deadline = math.inf  # until a thread begins; a wait of at most call.seconds does not miss it
+        call.deadline = math.inf  # its clock starts in the thread; no wait below is longer than call.seconds
         try:
             loop = asyncio.get_running_loop()
             future = loop.run_in_executor(self.pool, self.toolbox.run, name, given, call, headers)
@@ -2067,7 +2075,7 @@ class Handlers:
                     return future.result()
                 seconds = round(time.monotonic() - begun)
                 await context.session.report_progress(seconds, message=f"waiting for Obtrace for {seconds} s")
-            return Outcome(f"{name} got no result: {cause_of(TimeoutError(), call.seconds, '')}", failed=True)
+            return Outcome(too_late(name, call), failed=True)
         finally:
             call.end()
 
@@ -2103,7 +2111,8 @@ async def serve_stdio(server: Server[Any], audit: Audit) -> NoReturn:
             await outgoing.aclose()
     except Exception as error:  # a group of them, most likely because the client has closed the pipe
         if "BrokenPipeError" not in repr(error):
-            tell(f"serving ended with {error!r}")
+            kind = type((getattr(error, "exceptions", None) or [error])[0]).__name__  # its text may hold anything
+            tell(f"serving ended with {kind}; please report it")
         leave(1, audit)
     leave(0, audit)
 
@@ -2173,7 +2182,7 @@ class Door:
     def __init__(self, allowed_hosts: str, config: Config, audit: Audit) -> None:
         self.config, self.audit = config, audit
         self.routes: Routes = {}
-        self.hosts = {*LOOPBACK_HOSTS}
+        self.hosts = {"localhost", "127.0.0.1", "[::1]"}
         for host in allowed_hosts.lower().replace(",", " ").split():
             with contextlib.suppress(ValueError):
                 host = f"[{ipaddress.IPv6Address(host)}]"
@@ -2183,10 +2192,12 @@ class Door:
 
     def token(self) -> str:
         """The bearer token as it is now, if there is one; raises ConfigError if it is not usable."""
-        token, api_key = self.config.mcp_token.read() if self.config.mcp_token.is_set else "", ""
+        if not self.config.mcp_token.given:
+            return ""
+        token, api_key = self.config.mcp_token.read(), ""
         with contextlib.suppress(ConfigError):  # callers may have keys of their own
             api_key = self.config.api_key.read()
-        if token and token == api_key:
+        if token == api_key:
             raise ConfigError("OBTRACE_MCP_TOKEN is the API key; use a token that was made for this server alone")
         return token
 
@@ -2277,7 +2288,8 @@ async def serve_http(server: Server[Any], transport: str, door: Door, sockets: l
         import resource  # each SSE client keeps a connection open, and 1,024 files are a common limit
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        most = 10_240 if hard == resource.RLIM_INFINITY else hard  # macOS refuses more (its OPEN_MAX)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     # both eras of the protocol without sessions: each POST stands alone, and a GET would open an empty stream
     manager = StreamableHTTPSessionManager(server, stateless=True, max_request_body_size=MAX_REQUEST)
     streamable: Routes = {PATHS["streamable-http"]: ("POST", manager.handle_request)}
@@ -2587,7 +2599,7 @@ def diagnose(
         config, exchange = configure(options, environ)
     except ConfigError as error:
         raise ConfigError(f"{error}{ignored}") from None
-    own_key = config.api_key.is_set
+    own_key = bool(config.api_key.given)
     if own_key:
         keys.add(config.api_key.read())
     given = ", ".join(name for name in VARIABLES if environ.get(name, "").strip())
@@ -2648,7 +2660,7 @@ def connection_of(answer: Answer, loopback: bool) -> str:
 
 def key_of(request: Request, answer: Answer, config: Config) -> str:
     """What the service makes of the API key; raises ObtraceError if it refuses it."""
-    if not config.api_key.is_set:
+    if not config.api_key.given:
         return "none of the server's own; each client has to send one"
     if answer.status == 403:
         return "not refused, but it may not list projects (403)"
@@ -2724,7 +2736,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Leave with the one sentence."""
-        raise ConfigError(re.sub(" '.*'", "", message) + "; see --help")  # what is quoted may be a secret
+        raise ConfigError(re.sub(r""" (["']).*\1""", "", message) + "; see --help")  # what is quoted may be a secret
 
     def refuse(self, argument: str) -> NoReturn:
         """Leave with a sentence on an argument that is not known."""
@@ -2764,8 +2776,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags; raises ConfigError for one that is wrong. It never repeats a value, which may be a secret."""
-    rows = [f"  {name:33}{meaning.replace('`', '')}" for name, (_, meaning) in VARIABLES.items()]
-    rows.append(f"  {'HTTPS_PROXY, NO_PROXY':33}proxy, and hosts to reach without it")
+    rows = [f"  {name:35}{meaning.replace('`', '')}" for name, (_, meaning) in VARIABLES.items()]
+    rows.append(f"  {'HTTPS_PROXY, HTTP_PROXY, NO_PROXY':35}proxy, and hosts to reach without it")
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser("mcp-obtrace", formatter_class=layout, add_help=False, allow_abbrev=False)
     parser.description = (__doc__ or "").partition("\n")[0]
@@ -2859,7 +2871,7 @@ def announce(config: Config, tools: int, transport: str, sockets: Sequence[socke
         where = f"at http://{f'[{host}]' if ':' in host else host}:{port}{PATHS[transport]}"
         if transport == "sse":
             tell("the transport sse is deprecated; prefer streamable-http")
-        if not config.api_key.is_set:
+        if not config.api_key.given:
             tell(f"OBTRACE_API_KEY is not set; each caller has to send a key in {CALLER_HEADERS[0]}")
         if not is_loopback(host):
             tell("requests are answered under the names localhost, 127.0.0.1, [::1] and those of --allowed-hosts")
@@ -2891,10 +2903,13 @@ def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
             names = ", ".join(TOOL_NAMES[name].args)
             raise ConfigError(f"--call: argument {number} of {name} is not NAME=VALUE; the names are {names}")
         given.setdefault(argument, []).append(value)
+    once = {argument: values[0] if len(values) == 1 else values for argument, values in given.items()}
+    outcome = None
     with deadline(toolbox.client.config.timeout) as call:
-        once = {argument: values[0] if len(values) == 1 else values for argument, values in given.items()}
-        outcome = toolbox.run(name, once, call)
-    toolbox.audit.add_call(name, call, outcome)
+        try:
+            outcome = toolbox.run(name, once, call)
+        finally:
+            toolbox.audit.add_call(name, call, outcome)
     print(outcome.text, file=sys.stderr if outcome.failed else sys.stdout)
     return int(outcome.failed)
 

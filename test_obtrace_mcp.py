@@ -712,7 +712,7 @@ MISTAKES = [
     ("-kobt_hunter2", "unknown argument"), ("--port 8080", "--port (did you mean --addr?)"), ("--enable-writes", "did you mean --enable-write?"),
     ("--disable-log", "did you mean --disable-logs?"), ("--transport http", "is not one of stdio, streamable-http, sse"),
     ("--transport htpp", "did you mean streamable-http?"), ("--transport", "--transport: expected one argument"), ("--enabled-tools ''", "leave no tool"),
-    ("--enable-write=hunter2", "--enable-write: ignored explicit argument"), ("--allowed-hosts hunter2", "--allowed-hosts counts only with"),
+    ("--enable-write=hunter2", "--enable-write: ignored explicit argument"), ("--demo=it\\'s-hunter2", "--demo: ignored explicit argument"), ("--allowed-hosts hunter2", "--allowed-hosts counts only with"),
     ("--addr hunter2:8080", "--addr counts only with --transport streamable-http or sse"), ("--check --call list_teams", "not allowed with argument"),
     ("--stdio", "did you mean --transport?"), ("--enabled-tools all", "or leave it out for all"), ("--enabled-tools lgos", "did you mean logs?"),
     ("--enabled-tools delete_dashboard", "delete_dashboard writes; add --enable-write"),
@@ -947,7 +947,8 @@ NOT_READING = [
     "SELECT /* /* */ ' */ INTO OUTFILE 'x' -- '", "SELECT $$a$$", "SELECT 1 # x", "SELECT (1", "SELECT 1]", "SELECT (1]", "SHOW CREATE TABLE t SETTINGS x = 1",
     "SELECT 1 --x\rDROP", "SELECT 1 --x\u2028DROP TABLE t", "SELECT \u2018a\u2019", "SELECT c // \"\nFROM url('x') -- \"", "SELECT * FROM `passwd\\x2ecsv`",
     "SELECT 1 AS `a\\b`", 'SELECT 1 AS "a\\b"', "SELECT * FROM 'a.log'", "SELECT * FROM 'passwd\\x2ecsv'", "DESCRIBE 'a.csv'", "SELECT a FROM t, \"x.json\"",
-    "SELECT {'a': 1]", "SELECT )1(", "SELECT 1 FROM t, (SELECT 1", "SHOW GRANTS; DROP TABLE t", "EXPLAIN", "SELECT 0x", "SELECT 1x",
+    "SELECT {'a': 1]", "SELECT )1(", "SELECT 1 FROM t, (SELECT 1", "SHOW GRANTS; DROP TABLE t",
+    'SHOW CREATE TABLE "../etc/passwd"', "SELECT 1 WHERE x IN ((`/etc/passwd`))", "SELECT in(x, (`a.csv`))", 'WITH "../a.csv" AS t SELECT * FROM t', "EXPLAIN", "SELECT 0x", "SELECT 1x",
 ]
 WRITING = """ALTER ATTACH BACKUP CALL COMMIT COPY CREATE DELETE DETACH DROP EXCHANGE EXECUTE GRANT INFILE INSERT INTO KILL MOVE OPTIMIZE OUTFILE
              PARALLEL RENAME RESTORE REVOKE ROLLBACK SET SETTINGS TRUNCATE UNDROP UPDATE USE""".split()
@@ -1052,6 +1053,7 @@ ANSWERS: dict[str, tuple[Reply, str]] = {  # and what the model reads: all of th
     "no gzip": (reply(b"xyz", Content_Encoding="gzip"), "its gzip data is damaged"), "SSH": (raw(b"SSH-2.0-x\r\n"), "the answer is not valid HTTP; check"),
     "Brotli": (reply(b"x", Content_Encoding="br"), "unsupported Content-Encoding"), "many": (raw(OK, *[b"X: b\r\n"] * 200), "the answer is not valid HTTP"),
     "broken": (SHORT, "the connection broke before the answer was complete; try again"),
+    "gzip and more": (reply(gzip.compress(b"[1]") + gzip.compress(b"2"), Content_Encoding="gzip"), "the connection broke before"),
     "broken headers": (raw(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Len"), "the connection broke before the answer was complete; try"),
 } | {
     f"{status}": (reply("", status, Location=f"/x?{KEY}"), f'{status} {http.client.responses[status]}, a redirect to "/x?[API key removed]", which is not')
@@ -1101,7 +1103,7 @@ def test_the_data_is_passed_on_or_the_error_told_with_what_was_asked_and_what_to
     said = rf"GET /api/v1/teams (answered|got no answer from 127.0.0.1:{service.port}:) .*{re.escape(expected)}"
     assert (re.match(said, text) if failed else text == expected) and failed == (expected[0] not in '{["')
     assert len(service.requests) == (
-        4 if answer in ("429", "429 soon", "429 before", "503", "broken", "broken headers") else 1
+        4 if answer in ("429", "429 soon", "429 before", "503", "broken", "broken headers", "gzip and more") else 1
     )
 
 
@@ -1113,6 +1115,8 @@ def test_a_get_is_sent_again_where_that_can_help_and_nothing_else(service: Servi
     asked(box)
     result = asked(box, tool, **{name: given[name] for name in given.keys() & box.tools[tool].args.keys()})
     assert result == ("[1]", False) if tool == "list_teams" else result.failed
+    may_have_been_done = tool.endswith("_dashboard") and broken != "429"
+    assert ("look before you repeat it" in result.text) == may_have_been_done
     assert len(service.requests) == (5 if tool == "list_teams" else 2)
 
 
@@ -1351,13 +1355,14 @@ CUTS: dict[str, tuple[Any, ...]] = {  # and what is told, and by which tool
     "from": (timed("Timestamp", "2026-01-02T03:00:{:02}Z"), "or lower limit, or go on with time_from=2026-01-02T03:00:34Z time_to=2026-01-02T04:00:00Z.", "list_incidents"),
     "down": (timed("time", "2026-01-02T03:00:{:02}.120Z", -1), ", or go on with time_from=2026-01-02T03:00:00Z time_to=2026-01-02T03:00:26.120Z.", "search_logs"),
     "epoch": (timed("TimeUnix", "17673228{:02}000000001"), "select fewer columns, or go on with time_from=2026-01-02T03:00:34.000000001Z time_to=2026-01-02T04:00:00Z.", "query_logs"),
+    "one time": ([*timed("time", "2026-01-02T03:00:00Z"), {"time": "2026-01-02T03:00:01Z"}], "or ask for fewer rows. S", "search_logs"),
     "no time": (timed("when", "2026-01-02T03:00:{:02}Z"), "columns.", "query_traces"), "odd time": (timed("time", "{} o'clock"), "columns.", "query_logs"),
     "later first": (SECONDS[12:] + SECONDS[:12], "or ask for fewer rows. S", "search_logs"), "to and fro": (SECONDS[12:0:-1] + SECONDS[12:], "rows. S", "search_logs"),
     "no window": (SECONDS, "or lower limit.", "list_teams"), "from the beginning": (SECONDS[::-1], "on with time_to=2026-01-02T03:00:50Z. S", "list_incidents"),
 }
 EXACTLY, QUERY = {"time_from": "2026-01-01", "time_to": "2026-01-02T00:00:00+01:00"}, {"query": "SELECT Body FROM otel_logs"}
 NOTHING, SEARCHED = "Nothing was found.", "Searched 2026-01-01T00:00:00Z to 2026-01-01T23:00:00Z (UTC)."
-LONGER, ALL = "Try a longer time range, e.g. time_from=now-24h, or", "list_log_services for what there is."
+LONGER, ALL = "Try a longer or an earlier time range, or", "list_log_services for what there is."
 NOTES: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "empty": ("search_logs", {"text": "x", "service": "s", **EXACTLY}, {"severity": ["ERROR"], "logs": [], "total": 0},
               f"{NOTHING} {SEARCHED} {LONGER} the call without service, or {ALL}"),
