@@ -234,7 +234,7 @@ class Config:
     max_result_chars: Annotated[int, "characters", "longest result in characters, from 1000 (default 50000)"] = 50_000
     mcp_token: Annotated[Secret, "text", "bearer token that HTTP clients send; required beyond loopback"]
     mcp_token_file: Annotated[str, "path", "file that holds the token; it is read for each request"] = ""
-    max_window: Annotated[str, "span", "longest time window of a call, such as `30d` (default: any)"] = ""
+    max_window: Annotated[str, "span", "longest time window that a call may ask for, such as `30d` (default: any)"] = ""
     audit_log: Annotated[str, "path", "file, or `stderr`, that gets a line of JSON for each call (default: none)"] = ""
 
     @classmethod
