@@ -1914,7 +1914,6 @@ class Toolbox:
 
     def run(self, name: str, given: Mapping[str, Any], call: Call, headers: Iterable[tuple[str, str]] = ()) -> Outcome:
         """Make the call, under the key in its HTTP request's headers if there is one. Never raises."""
-        call.begin()
         client = self.client
         try:
             client = client.for_caller(headers)
@@ -2060,10 +2059,14 @@ class Handlers:
     async def _run(self, context: Any, name: str, given: Mapping[str, Any], call: Call) -> Outcome:
         """Run the call once a thread is free. The thread may look up a name or connect longer than the call lasts."""
         headers = context.request.headers.items() if context.request else ()  # none over stdio
+
+        def in_thread() -> Outcome:
+            call.begin()
+            return self.toolbox.run(name, given, call, headers)
+
         call.deadline = math.inf  # its clock starts in the thread; no wait below is longer than call.seconds
         try:
-            loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self.pool, self.toolbox.run, name, given, call, headers)
+            future = asyncio.get_running_loop().run_in_executor(self.pool, in_thread)
         except RuntimeError:  # the pool may still run it later; it will find that the call has ended
             call.end()
             return Outcome(f"{name} failed: this machine lets no further thread start; try again later", failed=True)

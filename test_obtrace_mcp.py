@@ -1952,7 +1952,7 @@ ROUTES_REFUSED: list[tuple[str, list[tuple[str, str]]]] = [
     ("/mcp", []), ("/mcp", [WITH_TOKEN, ("Origin", "http://evil.test")]), ("/mcp", [WITH_TOKEN, ("Host", "evil.test")]), ("/x", [WITH_TOKEN]), ("/healthz", [])]  # fmt: skip
 SET_UPS = {
     "guarded": {"OBTRACE_MCP_TOKEN": TOKEN}, "keyed": {"OBTRACE_TENANT_ID": "t", "OBTRACE_PROJECT_ID": "p", "OBTRACE_TIMEOUT": "300"},
-    "keyless": {"OBTRACE_API_KEY": ""}, "limited": {"LIMITS": "MAX_ARRIVAL = 1.0; MAX_STREAMS = 8"}}  # fmt: skip
+    "keyless": {"OBTRACE_API_KEY": ""}, "limited": {"LIMITS": "MAX_ARRIVAL = 3.0; MAX_STREAMS = 8"}}  # fmt: skip
 
 
 def message(era: str = ERAS[1], tool: str = "list_teams", **arguments: Any) -> tuple[bytes, dict[str, str]]:
