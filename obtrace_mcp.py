@@ -2812,9 +2812,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ConfigError(f"--{name.replace('_', '-')} counts only with --transport {' or '.join(PATHS)}")
     options.addr = options.addr or "127.0.0.1:8000"
     options.text = f"mcp-obtrace {__version__}\n" if options.version else ""
+    if options.call and options.call[0] not in TOOL_NAMES:
+        raise ConfigError(f"--call names an unknown tool{nearest(options.call[0], TOOL_NAMES)}; see --list-tools")
     if options.help:
-        called = options.call and TOOL_NAMES.get(options.call[0])
-        options.text = tool_help(called) if called else parser.format_help()
+        options.text = tool_help(TOOL_NAMES[options.call[0]]) if options.call else parser.format_help()
     return options
 
 
@@ -2897,8 +2898,6 @@ def deadline(seconds: float) -> Iterator[Call]:
 
 def call_once(toolbox: Toolbox, name: str, *pairs: str) -> int:
     """Make one call and print its result; returns the exit status."""
-    if name not in TOOL_NAMES:
-        raise ConfigError(f"--call names an unknown tool{nearest(name, TOOL_NAMES)}; --list-tools lists them")
     given: dict[str, Any] = {}
     for number, pair in enumerate(pairs, start=1):
         argument, sign, value = pair.partition("=")

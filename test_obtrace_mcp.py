@@ -717,8 +717,8 @@ MISTAKES = [
     ("--stdio", "did you mean --transport?"), ("--enabled-tools all", "or leave it out for all"), ("--enabled-tools lgos", "did you mean logs?"),
     ("--enabled-tools delete_dashboard", "delete_dashboard writes; add --enable-write"),
     ("--enabled-tools obt_hunter2_secret", "no tool or category; use logs, traces"), ("--enabled-tools logs --disable-logs", "leave no tool"),
-    ("--call", "--call: expected at least one"), ("--call serch_logs", "did you mean search_logs?"),
-    ("--call obt_hunter2", "--call names an unknown tool; --list-tools"), ("--call search_logs obt_hunter2", "argument 1 of search_logs is not NAME=VALUE"),
+    ("--call", "--call: expected at least one"), ("--call serch_logs --help", "did you mean search_logs?"), ("--call serch_logs", "did you mean search_logs?"),
+    ("--call obt_hunter2", "--call names an unknown tool; see --list-tools"), ("--call search_logs obt_hunter2", "argument 1 of search_logs is not NAME=VALUE"),
     ("--call search_logs text=x =obt_hunter2", "argument 2 of search_logs"),
 ]
 # fmt: on
@@ -1497,7 +1497,15 @@ def test_a_note_says_what_there_is_to_say_of_an_answer(service: Service, case: s
 
 
 @pytest.mark.parametrize(("tool", "given"), [("search_logs", {"text": "x"}), ("search_traces", {}), ("get_trace", {"trace_id": "t"})])  # fmt: skip
-@pytest.mark.parametrize("around", ["@", '{"logs":@,"total":2}', '{"meta":[1,2,3],"data":{"items":@,"next":null}}'])
+@pytest.mark.parametrize(
+    "around",
+    [
+        "@",
+        '{"logs":@,"total":2}',
+        '{"services":["a","b","c","d","e","f"],"logs":@}',
+        '{"meta":[1,2,3],"data":{"items":@,"next":null}}',
+    ],
+)
 def test_fields_keeps_only_these_of_each_row(service: Service, tool: str, given: dict[str, str], around: str) -> None:
     service.replies = [reply(around.replace("@", json.dumps(ROWS)))]
     text, _ = call(service, tool, fields=["n", "R.k8s.pod.name", "R.k8s.a.b.uid", "Body"], **given)
@@ -1678,9 +1686,13 @@ def test_tls_verifies_both_sides(places: dict[str, Any], monkeypatch: pytest.Mon
     assert (failed, len(service.requests)) == (bool(said), not said)
 
 
-def test_a_call_can_be_ended_while_it_shakes_hands() -> None:
+@pytest.mark.parametrize("through", ["nothing", "a proxy"])
+def test_a_call_can_be_ended_while_it_connects(monkeypatch: pytest.MonkeyPatch, through: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
         url, running = f"https://127.0.0.1:{server.getsockname()[1]}", program.Call(PATIENCE)
+        if through == "a proxy":  # which does not answer CONNECT
+            monkeypatch.setenv("HTTPS_PROXY", url.replace("https", "http"))
+            url = "https://obtrace.test"
         outcome = pool.submit(toolbox({"OBTRACE_URL": url, "OBTRACE_API_KEY": KEY}).run, "list_teams", {}, running)
         with server.accept()[0] as peer:
             assert peer.recv(1)
@@ -2102,6 +2114,9 @@ def test_a_token_file_is_read_again_for_each_request(tmp_path: Path) -> None:
     file.write_text(KEY)
     with pytest.raises(program.ConfigError, match="OBTRACE_MCP_TOKEN is the API key"):
         door.token()
+    (tmp_path / "key").write_text("")  # which does not keep out callers with keys of their own
+    file.write_text(TOKEN)
+    assert door.refuse("/sse", given) is None
 
 
 def test_it_listens_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
